@@ -68,7 +68,7 @@ import llmswap
 
 
 class Absent:
-    """Stands for a library that is not there: what is taken from it, too."""
+    """Stands for a library that is not there, and for what is taken from it."""
 
     def __getattr__(self, name):
         return self
@@ -169,9 +169,9 @@ def encoded(body):
     return body.encode() if isinstance(body, str) else json.dumps(body).encode()
 
 
-def request_head(method, path, length, headers=(), host="127.0.0.1"):
+def request_head(method, path, length, headers=()):
     """A head; what `headers` (pairs) says replaces what it would say by itself."""
-    fields = {"Host": host}
+    fields = {"Host": "127.0.0.1"}
     if length:
         fields["Content-Type"] = "application/json"
     if length or method in ("POST", "PUT", "PATCH"):
@@ -209,11 +209,7 @@ class Client:
 
     def send(self, method, path, body=None, headers=()):
         self.method, data = method, encoded(body)
-        head = request_head(method, path, len(data), headers)
-        if len(data) < 2**20:
-            return self.sock.sendall(head + data)
-        self.sock.sendall(head)
-        return self.sock.sendall(data)
+        self.sock.sendall(request_head(method, path, len(data), headers) + data)
 
     def ask(self, method, path, body=None, headers=()):
         self.send(method, path, body, headers)
@@ -307,8 +303,8 @@ class Stream:
     def __exit__(self, *_):
         self.close()
 
-    def close(self, reset=False):
-        self.client.hang_up(reset)
+    def close(self):
+        self.client.hang_up()
 
     def events(self):
         """Yield the data of each event; BrokenAnswer if the stream was cut."""
@@ -342,12 +338,20 @@ class Stream:
 
 
 @lru_cache(maxsize=None)
-def llmswap_file():
-    """llmswap.py compiled, which saves each start the time to do that."""
-    folder = tempfile.mkdtemp(prefix="llmswap-compiled-")
+def compiled(path, name):
+    """The path of this Python file compiled, which saves each start that time."""
+    folder = tempfile.mkdtemp(prefix=f"{name}-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    compiled = os.path.join(folder, "llmswap.pyc")
-    return py_compile.compile(LLMSWAP, compiled, doraise=True)
+    return py_compile.compile(path, os.path.join(folder, f"{name}.pyc"), doraise=True)
+
+
+def llmswap_file():
+    return compiled(LLMSWAP, "llmswap")
+
+
+def fake_file():
+    """The fake server, compiled: it starts in 25 ms."""
+    return compiled(CI / "fake.py", "fake")
 
 
 def llmswap_words(constants):
@@ -357,15 +361,6 @@ def llmswap_words(constants):
     path = f"import sys; sys.path.insert(0, {os.path.dirname(llmswap_file())!r})"
     sets = "; ".join(f"l.{name} = {value!r}" for name, value in constants.items())
     return ["-c", f"{path}; import llmswap as l; {sets}; sys.exit(l.main())"]
-
-
-@lru_cache(maxsize=None)
-def fake_file():
-    """The fake server, compiled: it starts in 25 ms."""
-    folder = tempfile.mkdtemp(prefix="llmswap-fake-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    compiled = os.path.join(folder, "fake.pyc")
-    return py_compile.compile(CI / "fake.py", compiled, doraise=True)
 
 
 def fake_command(*flags, port="${PORT}"):
@@ -710,10 +705,6 @@ README = HERE.with_name("README.md")
 PAGES = [README, HERE.with_name(".github") / "recipes.md"]
 
 
-def readme_text():
-    return README.read_text()
-
-
 def section(title):
     """What stands under the heading that begins so, in the README or the recipes."""
     text = "".join(page.read_text() for page in PAGES)
@@ -751,10 +742,14 @@ def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
     for key in keys:
         text = " ".join(f"{key.name} = {key.default} {key.help}".split())
         assert text.replace("`", "") in " ".join(printed.split())
-    table = readme_text().partition("The ten keys")[2].partition("Durations")[0]
+    table = README.read_text().partition("The ten keys")[2].partition("Durations")[0]
     named = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     names = re.findall(r"`([^`]+)`", " ".join(named))
-    assert len(names) > 9 and set(names) <= {key.name for key in keys}
+    lines = section("Coming from llama-swap").splitlines()
+    ours = [line.split("|")[-2] for line in lines if line[:3] == "| `"]
+    translated = re.findall(r"`([a-z][a-z-]+)(?: = [^`]*)?`", "".join(ours))
+    assert len(names) > 9 and len(translated) > 15
+    assert {*names, *translated} <= {key.name for key in keys} | {"ttl"}
 
 
 def test_the_example_and_every_file_of_the_pages_give_no_warnings(tmp_path):
@@ -777,14 +772,6 @@ runpy.run_path({str(HERE)!r}, run_name="__main__")"""
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "test_llmswap.py bench" in done.stdout
-
-
-def test_the_readme_translates_llama_swaps_keys_into_ours():
-    lines = section("Coming from llama-swap").splitlines()
-    ours = [line.split("|")[-2] for line in lines if line[:3] == "| `"]
-    named = re.findall(r"`([a-z][a-z-]+)(?: = [^`]*)?`", "".join(ours))
-    known = {key.name for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS} | {"ttl"}
-    assert len(named) > 15 and set(named) <= known
 
 
 @pytest.mark.parametrize(
@@ -866,12 +853,8 @@ HELP = """\
                                         (env: LLAMA_ARG_KV_OFFLOAD)
 --no-host                               bypass host buffer
                                         (env: LLAMA_ARG_NO_HOST)
--ot,   --override-tensor <tensor name pattern>=<buffer type>,...
-                                        override tensor buffer type
 -ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers to store in VRAM
 --lora FNAME                            path to LoRA adapter
---control-vector-layer-range START END
-                                        layer range to apply the control vector to
 -m,    --model FNAME                    model path to load
 -hft,  --hf-token TOKEN                 Hugging Face access token
                                         (env: HF_TOKEN)
@@ -966,29 +949,21 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
 
 
 @pytest.mark.parametrize("text, sections", [
-    ("", {}), ("[a]\nc = 1", {"a": {"c": "1"}}),
-    ("[a]\r\nc = 1\r\n", {"a": {"c": "1"}}),
+    ("", {}), ("[a]\r\nc = 1\r\n", {"a": {"c": "1"}}),
     ("[a]\rc = 1\rd = 2", {"a": {"c": "1", "d": "2"}}),
-    ("[a] ; x\n; c = 1\n  # c = 2\n\t\n", {"a": {}}),
-    ("[ a b ]\n", {"a b ": {}}),
-    ("[x#y;z]\n", {"x#y;z": {}}),
-    ("[a\nb]\nc = 1", {"a\nb": {"c": "1"}}),
-    ("[a]# comment\n", {"a": {}}),
-    ("[a]\nc\t = \t1 \t\n", {"a": {"c": "1"}}),
-    ("[a]\nc=\nd = ", {"a": {"c": "", "d": ""}}),
-    ("[a]\nsamplers = top_k;top_p", {"a": {"samplers": "top_k"}}),
-    ("[a]\nm = /m/a#1.gguf", {"a": {"m": "/m/a"}}),
-    ("[a]\nm = /m/a  ; why", {"a": {"m": "/m/a"}}), ("[a]\nm = ;", {"a": {"m": ""}}),
-    ("[a]\nj = {\"x\":\"a#b\"}", {"a": {"j": "{\"x\":\"a"}}),
-    ("[a]\nm = \"/m/a b.gguf\"", {"a": {"m": "\"/m/a b.gguf\""}}),
-    ("[a]\nt = foo\\\nc = 1", {"a": {"t": "foo\\", "c": "1"}}),
-    ("[a]\nokv = a.b=bool:false", {"a": {"okv": "a.b=bool:false"}}),
-    ("[a]\nt = é\u2028\x85\x0b\x0cé", {"a": {"t": "é\u2028\x85\x0b\x0cé"}}),
-    ("[a]\nc = 1\nc = 2", {"a": {"c": "2"}}),
-    ("[a]\nc = 1\n[b]\n[a]\nd = 2", {"b": {}, "a": {"d": "2"}}),
+    ("[a] ; x\n; c = 1\n  # c = 2\n\t\n[b]# comment", {"a": {}, "b": {}}),
+    ("[ a b ]\n[x#y;z]\n[c\nd]", {"a b ": {}, "x#y;z": {}, "c\nd": {}}),
+    ("[a]\nc\t = \t1 \t\nd=\ne = ", {"a": {"c": "1", "d": "", "e": ""}}),
+    # a comment begins at any ; or #, and nothing is quoted or escaped
+    ("[a]\nc = top_k;top_p\nd = /m/a#1\ne = /m/a  ; why\nf = ;\ng = {\"x\":\"a#b\"}",
+     {"a": {"c": "top_k", "d": "/m/a", "e": "/m/a", "f": "", "g": "{\"x\":\"a"}}),
+    ("[a]\nc = \"a b\"\nd = a\\\ne = a.b=bool:false\nt = é\u2028\x85\x0b\x0cé",
+     {"a": {"c": "\"a b\"", "d": "a\\", "e": "a.b=bool:false",
+            "t": "é\u2028\x85\x0b\x0cé"}}),
+    ("[a]\nc = 1\nc = 2\n[b]\n[a]\nd = 2\nd = 3", {"b": {}, "a": {"d": "3"}}),
+    ("version = 1\nc = 1\n[default]\nd = 1\n[a]\nversion = 2",
+     {"default": {"d": "1"}, "a": {"version": "2"}}),
     ("c = 1\n[a]", {"default": {"c": "1"}, "a": {}}),
-    ("c = 1\n[default]\nd = 1", {"default": {"d": "1"}}),
-    ("version = 1\n[a]\nversion = 2", {"a": {"version": "2"}}),
     # unambiguous texts that llama.cpp refuses
     ("  [a]\n  c = 1", {"a": {"c": "1"}}), ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
@@ -998,7 +973,6 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     ("[a]\nset-params = {\"a\": \"; #\"}", {"a": {"set-params": '{"a": "; #"}'}}),
     ("[a]\ndescription = it's C#; really ; a\t# b",
      {"a": {"description": "it's C#; really"}}),
-    ("[a]\ndescription = a\t# b", {"a": {"description": "a"}}),
     ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
      {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
@@ -1371,13 +1345,13 @@ def test_habits_of_a_shell_work_or_are_warned_of(
         assert all(f"understands {words}, " in each for each in config.warnings)
 
 
+NEITHER = "neither a key of llmswap nor an option of this llama-server"
+
+
 @pytest.mark.parametrize("line, reason", [
-    ("ctx-sise = 1", "neither a key of llmswap nor an option of this "
-                     "llama-server; did you mean ctx-size?"),
-    ("idle-timeuot = 1", "neither a key of llmswap nor an option of this "
-                         "llama-server; did you mean idle-timeout?"),
-    ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
-    ("listen = x", "belongs in [llmswap]"),
+    ("ctx-sise = 1", f"{NEITHER}; did you mean ctx-size?"),
+    ("idle-timeuot = 1", f"{NEITHER}; did you mean idle-timeout?"),
+    ("zzz = 1", NEITHER), ("listen = x", "belongs in [llmswap]"),
 ])
 def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
@@ -1392,12 +1366,8 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("section, reason", [
-    ("c = 1", "[a]: it has no source"), ("", "[a]: it has no source"),
+    ("c = 1", "[a]: it has no source"),
     ("m = x\nidle-timeout = soon", "[a] idle-timeout: 'soon' is not a duration such"),
-    ("m = x\nset-params = {", "[a] set-params: not JSON"),
-    ("m = x\nneeds = 8G", "[a] needs: "),
-    ("m = x\nneeds = vram 8G", "budget in [llmswap] does not name 'vram'"),
-    ("m = x\ndescription = ${env.NO}", "[a] description: ${env.NO} is unknown here"),
     ("m = x\ndescription = ${PORT}", "[a] description: ${PORT} is unknown here"),
     ("m = x\nenv.A = ${B}", "[a] env.A: ${B} is unknown here"),
     ("m = x\nextra-args = 'a", "[a] extra-args: No closing quotation"),
@@ -1415,19 +1385,13 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs in [llmswap]"),
     ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
-    ("unit =\nproxy = http://h", "[a] unit: it must not be empty"),
-    ("unit = x\nproxy = http://h:${PORT}", "[a] proxy: it needs proxy = URL, without"),
     ("proxy = http://h:${PORT}", "[a]: it has no source"),
     ("proxy = h:1", "[a] proxy: 'h:1' is not a URL"),
-    ("proxy = http://h\nwake-mca = x", "; did you mean wake-mac?"),
-    ("uses = nobody", "there is no model 'nobody' to use"),
     ("uses = a", "'a' itself uses another model"),
     ("uses = b\nidle-timeout = 1", "[a] idle-timeout: cannot stand beside uses"),
-    ("uses = b\nctx-size = 1", "[a] ctx-size: no key of llmswap; options of"),
     ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
     ("uses = c", "it uses 'c': m.ini:"), ("uses = ,", "[a] uses: it must not be empty"),
     ("uses = b, nobody", "there is no model 'nobody' to use"),
-    ("uses = b\npin = loaded", "[a] pin: cannot stand beside uses"),
 ])
 def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
@@ -1482,7 +1446,6 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
 @pytest.mark.parametrize("limits, a, b, misfit", [
     ("models-max = 2", "pin = on", "", None),
     ("models-max = 1", "pin = on", "", "beside the pinned a: models-max is 1"),
-    ("models-max = 1", "pin = on", "pin = on", "beside the pinned a: models-max is 1"),
     ("models-max = 0", "pin = on", "pin = on", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 4G", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 5G",
@@ -1494,7 +1457,6 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
     ("sets = a + c, b + c", "pin = on", "", "pinned a: none of sets has them together"),
     ("sets = a + c", "", "", None),
     ("models-max = 1", "pin = loaded", "pin = loaded", None),
-    ("models-max = 1", "pin = on", "pin = loaded", "the pinned a: models-max is 1"),
 ])
 def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, misfit):
     config = read(tmp_path, f"[llmswap]\n{limits}\n[a]\nm=x\n{a}\n[b]\nm=x\n{b}\n"
@@ -1601,7 +1563,7 @@ def models_at(url, router):
             time.sleep(0.01)
 
 
-@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+@with_llama_server
 @pytest.mark.parametrize("seed", range(PRESET_ROUNDS))
 def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     table = llmswap.options_of(LLAMA_SERVER)
@@ -1618,7 +1580,7 @@ def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
         assert options(model, table) == list(expected)
 
 
-@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+@with_llama_server
 def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
     path = tmp_path / "models.ini"
     path.write_text("[*]\nc = 1\n[top]\nngl = 2\n")
@@ -7700,7 +7662,7 @@ def alike(line):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
-    readme, port = readme_text(), free_port()
+    readme, port = README.read_text(), free_port()
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
     commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
