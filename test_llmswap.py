@@ -2245,28 +2245,20 @@ def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
 # -- the world outside: clients in closed loops --------------------------------------
 
 
-class LoopClient:
-    """Asks, waits, is served, thinks, and asks again, so many times."""
+def ask_in_a_loop(world, name, requests, thinking, served):
+    """Ask, wait, be served, think, and ask again, so many times."""
 
-    def __init__(self, world, name, requests, thinking, begins):
-        self.world, self.name, self.left = world, name, requests
-        self.thinking, self.served = thinking, 0
-        world.after(begins, self._ask)
+    def ask(left):
+        ticket = world.scheduler.submit(name, world.now)
+        ticket.waiter = lambda _: world.after(0.05, finish, ticket, left - 1)
 
-    def _ask(self):
-        self.left -= 1
-        ticket = self.world.scheduler.submit(self.name, self.world.now)
-        ticket.waiter = self._served
+    def finish(ticket, left):
+        served.append(name)
+        world.scheduler.finish(ticket, world.now)
+        if left:
+            world.after(thinking, ask, left)
 
-    def _served(self, grant):
-        self.served += 1
-        seconds = self.world.seconds("request", self.name)
-        self.world.after(seconds, self._done, grant.ticket)
-
-    def _done(self, ticket):
-        self.world.scheduler.finish(ticket, self.world.now)
-        if self.left:
-            self.world.after(self.thinking, self._ask)
+    ask(requests)
 
 
 @pytest.mark.parametrize("thinking, clients, requests, most", [
@@ -2276,18 +2268,17 @@ def test_two_groups_of_clients_in_closed_loops_need_few_loads(
     thinking, clients, requests, most
 ):
     specs = {name: llmswap.ModelSpec() for name in "ab"}
-    takes = {"load": 0.5, "stop": 0.02, "request": 0.05}
+    takes, served = {"load": 0.5, "stop": 0.02}, []
     scheduler = llmswap.Scheduler(llmswap.Limits(), specs)
     world = World(scheduler, lambda what, name: takes[what])
-    group = [
-        LoopClient(world, name, requests, thinking, begins=i / 100)
-        for i, name in enumerate("ab" * clients)
-    ]
+    for i, name in enumerate("ab" * clients):
+        client = ask_in_a_loop, world, name, requests, thinking, served
+        world.after(i / 100, *client)
     while world.next_moment() < math.inf:
         world.now = max(world.now, world.next_moment())
         world.run_agenda()
         world.turn()
-    assert all(client.served == requests for client in group)
+    assert Counter(served) == dict.fromkeys("ab", clients * requests)
     assert world.starts <= most
 
 
@@ -6748,7 +6739,7 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
 
 def test_a_second_of_fuzz_finds_nothing():
     pytest.importorskip("h11")
-    assert run_tool("fuzz", "--parser 1000 --wire 400 --seed 1".split()) == 0
+    assert load_tool("fuzz").fuzz_main("--parser 1000 --wire 400 --seed 1".split()) == 0
 
 
 # ==================================================================================
@@ -10848,24 +10839,13 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(
 # ==================================================================================
 
 
-def run_tool(name, argv):
-    """Run a tool of the folder .ci with these arguments; its exit status."""
-    return getattr(load_tool(name), f"{name}_main")(argv)
-
-
-COMMANDS = {
-    "bench": functools.partial(run_tool, "bench"),
-    "soak": functools.partial(run_tool, "soak"),
-    "fuzz": functools.partial(run_tool, "fuzz"),
-    "pictures": functools.partial(run_tool, "pictures"),
-    "faults": functools.partial(run_tool, "faults"),
-}
+COMMANDS = ("bench", "soak", "fuzz", "pictures", "faults")
 
 
 def main(argv):
     """Be what the first argument says; the exit status."""
     if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
+        return getattr(load_tool(argv[0]), f"{argv[0]}_main")(argv[1:])
     print(__doc__)
     return 2
 
