@@ -1600,32 +1600,23 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 # -- tables ------------------------------------------------------------------------
 
 
-VICTIMS = [
-    # what it shows; name: (last grant, in flight, size); room needed; the victims
-    ("nothing needed, nothing evicted", {"a": (1, 0, 1)}, 0, ""),
-    ("the least recently granted", {"a": (2, 0, 1), "b": (1, 0, 1)}, 1, "b"),
-    ("fewest first", {"a": (1, 0, 1), "b": (2, 0, 1), "c": (3, 0, 2)}, 2, "c"),
-    ("two idle before a busy one", {"a": (1, 1, 2), "b": (2, 0, 1), "c": (3, 0, 1)},
-     2, "bc"),
-    ("one busy, no needless idle one", {"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
-    ("one busy beside the idle", {"a": (1, 1, 2), "b": (2, 0, 1)}, 3, "ab"),
-    ("fewest busy", {"a": (1, 1, 1), "b": (2, 1, 1), "c": (3, 2, 2)}, 2, "c"),
-    ("the oldest of equal pairs", {"a": (3, 0, 1), "b": (1, 0, 1), "c": (2, 0, 1)},
-     2, "bc"),
-    ("all together are not enough", {"a": (1, 0, 1), "b": (2, 1, 1)}, 3, None),
-    ("no candidates", {}, 1, None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("shows, models, needed, expected", VICTIMS)
-def test_victims(shows, models, needed, expected):
+@pytest.mark.parametrize("models, needed, expected", [
+    # name: (last grant, in flight, size); room needed; the victims
+    ({"a": (1, 1, 2), "b": (2, 0, 1), "c": (3, 0, 1)}, 2, "bc"),
+    ({"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
+    ({"a": (1, 1, 2), "b": (2, 0, 1)}, 3, "ab"),
+    ({"a": (3, 0, 1), "b": (1, 0, 1), "c": (2, 0, 1)}, 2, "bc"),
+    ({"a": (1, 0, 1), "b": (2, 1, 1)}, 3, None),
+])  # fmt: skip
+def test_victims_are_idle_then_few_then_the_least_recently_used(
+    models, needed, expected
+):
     candidates = [
         model_with(name, last_grant=last_grant, in_flight=in_flight, size=size)
         for name, (last_grant, in_flight, size) in models.items()
     ]
     chosen = llmswap.choose_victims(candidates, lambda some: size_of(some) >= needed)
-    names = None if chosen is None else "".join(sorted(model.name for model in chosen))
-    assert names == expected, shows
+    assert chosen == (expected and {each for each in candidates if each.name in expected})
 
 
 def model_with(name, size=0, **facts):
@@ -1652,13 +1643,11 @@ def test_many_candidates_are_chosen_from_in_bounded_steps_and_without_waste():
 SETS = (frozenset("ab"), frozenset("bc"))
 ALLOWED = [
     # limits; usages, as name or (name, places, vram); whether they fit together
-    (dict(models_max=1), "a", True),
     (dict(models_max=1), "ab", False),
     (dict(models_max=0), "abcdefgh", True),
     (dict(models_max=1), ["a", ("remote", 0, 0)], True),
     (dict(models_max=0, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 2)], True),
     (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("b", 1, 2)], False),
-    (dict(models_max=1, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 1)], False),
     (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("asleep", 0, 2)], False),
     (dict(models_max=0, budget={"ram": 3}), [("a", 1, 9)], True),
     (dict(models_max=0, sets=SETS), "ab", True),
@@ -1696,14 +1685,6 @@ def test_return_gap(pauses, cost, expected):
 # decision is asked for after it. Tickets are numbered from 1. `serve` loads the model
 # if need be, in no time, and serves one request; `busy` leaves that request in flight.
 STORIES = """
-A model with a new ticket serves it even if no time has passed since its last grant
-    a b | patience=0 models_max=2
-    0    serve a 0
-    0    exited a
-    0    ask a           -> start a
-    0    +loaded a
-    0    wait            -> grant 2
-
 A model with a waiting ticket counts as busy
     a b c | models_max=2 patience=0
     0    serve a 1
@@ -1950,20 +1931,18 @@ A pause is learned, across loads, and begins when the last client has left
     2.3  ask b
     2.3  end 3           ; next 2.7
 
-A client that alternates between two models teaches no return gap
+A pause begins when the last of several requests ends
     a b
     0    ask a           -> start a
-    8    loaded a        -> grant 1
-    8    end 1
-    8.1  ask b           -> evicted a for b
-    8.1  exited a        -> start b
-    8.2  loaded b        -> grant 2
-    8.2  end 2
-    9    ask a           -> evicted b for a
-    9    exited b        -> start a
-    17   loaded a        -> grant 3
-    17.1 ask b
-    17.2 end 3           ; next 17.205
+    0    ask a
+    8    loaded a        -> grant 1, grant 2
+    9    end 1
+    10.5 ask a           -> grant 3
+    11   end 2
+    11   end 3
+    12   ask a           -> grant 4
+    12   ask b
+    13   end 4           ; next 15
 
 A younger ticket may pass one that it does not delay
     a(needs=6) b(needs=6) x(needs=1) | models_max=0 budget=8
@@ -2182,21 +2161,6 @@ World = walk.World
 STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 
 
-def test_a_pause_begins_when_the_last_of_several_requests_ends():
-    scheduler = llmswap.Scheduler(llmswap.Limits(), {"a": llmswap.ModelSpec()})
-    tickets = [scheduler.submit("a", 0.0) for _ in range(2)]
-    [start], _ = scheduler.decide(0.0)
-    scheduler.loaded("a", start.run, 1.0)
-    assert len(scheduler.decide(1.0)[0]) == 2
-    scheduler.finish(tickets[0], 2.0)
-    tickets.append(scheduler.submit("a", 3.0))
-    scheduler.decide(3.0)
-    for ticket in tickets[1:]:
-        scheduler.finish(ticket, 4.0)
-    scheduler.submit("a", 5.5)
-    assert list(scheduler.models["a"].pauses) == [1.5]
-
-
 def test_a_refusal_names_only_the_pins_that_are_in_the_way():
     specs = {
         "embed": llmswap.ModelSpec({"m": 1}, is_pinned=True),
@@ -2320,28 +2284,6 @@ def test_a_decision_takes_time_in_proportion_to_the_queue(limits):
 
 WALK_SECONDS = float(os.environ.get("WALK_SECONDS", 2))
 WALK_SEED = int(os.environ.get("WALK_SEED", 1))
-
-
-def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
-    names = [f"m{i}" for i in range(100)]
-    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
-    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
-    core, seconds = llmswap.Scheduler(limits, specs), []
-    for now, name in enumerate(names * 3):
-        core.submit(name, float(now))
-        began = time.thread_time()
-        decisions, _ = core.decide(float(now))
-        seconds.append(time.thread_time() - began)
-        for decision in decisions:
-            if isinstance(decision, llmswap.Start):
-                core.loaded(decision.name, decision.run, float(now))
-                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
-            elif isinstance(decision, llmswap.Stop):
-                core.exited(decision.name, decision.run, float(now))
-            elif isinstance(decision, llmswap.Grant):
-                core.finish(decision.ticket, float(now))
-    assert len(core.held) > 3
-    assert statistics.median(seconds) < 0.01
 
 
 @pytest.mark.parametrize("is_calm", [False, True])
@@ -10757,14 +10699,11 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
 # ==================================================================================
 
 explore = load_tool("explore")
-EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
-@pytest.mark.parametrize("name, tickets, faults", EXPLORED)
-def test_every_order_of_events_in_a_small_world_keeps_all_promises(
-    name, tickets, faults
-):
-    followers, stories = explore.explore(name, tickets, faults)
+@pytest.mark.parametrize("name", explore.SMALL_WORLDS)
+def test_every_order_of_events_in_a_small_world_keeps_all_promises(name):
+    followers, stories = explore.explore(name, tickets=2, faults=1)
     assert len(followers) > 50
     degrees = Counter(each for those in followers for each in those)
     ended = [number for number in range(len(followers)) if not degrees[number]]
