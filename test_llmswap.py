@@ -1944,6 +1944,21 @@ A pause begins when the last of several requests ends
     12   ask b
     13   end 4           ; next 15
 
+A client that alternates between two models teaches no return gap
+    a b
+    0    ask a           -> start a
+    8    loaded a        -> grant 1
+    8    end 1
+    8.1  ask b           -> evicted a for b
+    8.1  exited a        -> start b
+    8.2  loaded b        -> grant 2
+    8.2  end 2
+    9    ask a           -> evicted b for a
+    9    exited b        -> start a
+    17   loaded a        -> grant 3
+    17.1 ask b
+    17.2 end 3           ; next 17.205
+
 A younger ticket may pass one that it does not delay
     a(needs=6) b(needs=6) x(needs=1) | models_max=0 budget=8
     0    busy a
