@@ -18,6 +18,7 @@ import collections
 import contextlib
 import errno
 import functools
+import graphlib
 import gzip
 import hashlib
 import importlib.util
@@ -45,7 +46,6 @@ import tempfile
 import threading
 import time
 import tracemalloc
-import urllib.request
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -863,10 +863,6 @@ HELP = """\
 --temp, --temperature N                 temperature (default: 0.80)
 --spec-draft-model, -md, --model-draft FNAME
                                         draft model for speculative decoding
--np,   --parallel N                     number of server slots
-                                        (env: LLAMA_ARG_N_PARALLEL)
--cb,   --cont-batching, -nocb, --no-cont-batching
-                                        whether to enable continuous batching
 -mm,   --mmproj FILE                    path to a multimodal projector file
 --mmproj-auto, --no-mmproj, --no-mmproj-auto
                                         whether to use multimodal projector file
@@ -1300,7 +1296,7 @@ def test_help_of_another_program_gives_no_table(text):
     ([], ["embedding = false", "host = h\nport = 1", "api-key = k\nmodels-max = 2",
           "ssl-cert-file = x\nlog-colors = on",
           "version = 3\ndedup-cache-models = on"]),
-    (["--no-kv-offload"], ["nkvo = 1"]), (["--no-cont-batching"], ["nocb = on"]),
+    (["--no-kv-offload"], ["nkvo = 1"]),
     (["--no-host"], ["no-host = true", "LLAMA_ARG_NO_HOST = on"]),
     (["--flash-attn", "true"], ["flash-attn = true"]),
     (["--flash-attn", "off"], ["fa = off"]),
@@ -1310,7 +1306,6 @@ def test_help_of_another_program_gives_no_table(text):
         "c=1", "ctx_size = 1", "--ctx-size = 1", "LLAMA_ARG_CTX_SIZE = 1",
         "ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3"]),
     (["--temperature", "0"], ["temp = 0"]), (["--keep", "1"], ["keep = 1"]),
-    (["--parallel", "2"], ["LLAMA_ARG_N_PARALLEL = 2"]),
     (["--chat-template", ""], ["chat-template ="]),
     (["--hf-token", "t"], ["HF_TOKEN = t"]), (["--lora", "b"], ["lora=a\nlora=b"]),
     (["--no-mmproj-auto"], ["no-mmproj=1\nmmproj-auto=1"]),
@@ -1538,6 +1533,7 @@ PRESET_ROUNDS = int(os.environ.get("PRESET_ROUNDS", "3"))  # of 300 sections eac
 
 
 def argvs_of_router(path, *options):
+    """{id: argv} of the models that llama-server's router makes of the file."""
     port = free_port()
     environ = {name: value for name, value in os.environ.items()
                if not name.startswith("LLAMA_ARG_")}
@@ -1545,22 +1541,13 @@ def argvs_of_router(path, *options):
     argv = [LLAMA_SERVER, "--models-preset", str(path), "--port", str(port), *options]
     with open(path.with_suffix(".log"), "wb") as log:
         router = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
-        try:
-            models = models_at(f"http://127.0.0.1:{port}/models", router)
-        finally:
-            router.kill()
-            router.wait()
-    assert models, path.with_suffix(".log").read_text()[-2000:]
+    try:
+        models = eventually(lambda: is_listening(port) and ask(
+            port, "GET", "/models").json().get("data"))
+    finally:
+        router.kill()
+        router.wait()
     return {model["id"]: model["status"]["args"] for model in models}
-
-
-def models_at(url, router):
-    while router.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                return json.load(answer)["data"]
-        except OSError:
-            time.sleep(0.01)
 
 
 @with_llama_server
@@ -1680,10 +1667,11 @@ def test_return_gap(pauses, cost, expected):
 
 # -- stories -----------------------------------------------------------------------
 
-# A title, the models with their specs and the limits, and the events: when, what, and
-# the decisions that follow. "next 15" is the next deadline; "+" before an event: no
-# decision is asked for after it. Tickets are numbered from 1. `serve` loads the model
-# if need be, in no time, and serves one request; `busy` leaves that request in flight.
+# A title, the models with their specs and the limits if they are not two plain ones,
+# and the events: when, what, and the decisions that follow. "next 15" is the next
+# deadline; "+" before an event: no decision is asked for after it. Tickets are numbered
+# from 1. `serve` loads the model if need be, in no time, and serves one request; `busy`
+# leaves that request in flight.
 STORIES = """
 A model with a waiting ticket counts as busy
     a b c | models_max=2 patience=0
@@ -1721,7 +1709,6 @@ A ticket joins a load that its first client left, and is served in strict order
     4    end 3           -> evicted a for b
 
 A sleeping backend can crash, which is no measured stop
-    a b
     0    serve a 1
     2    slept a
     3    crashed a
@@ -1775,7 +1762,6 @@ Waking is a start
     22   loaded a        -> grant 3
 
 The load time of an adopted model is not measured
-    a b
     0    adopted a
     9    loaded a
     9    busy a
@@ -1899,7 +1885,6 @@ A busy victim serves new requests until patience ends
     17   end 3           -> evicted a for b
 
 The cost of a swap includes the stop
-    a b
     0    ask a           -> start a
     1    loaded a        -> grant 1
     2    end 1
@@ -1920,7 +1905,6 @@ A victim silent for its return gap drains before patience ends
     2.005 wait           -> evicted a for b
 
 A pause is learned, across loads, and begins when the last client has left
-    a b
     0    ask a           -> start a
     1    end 1
     1.1  loaded a
@@ -1932,7 +1916,6 @@ A pause is learned, across loads, and begins when the last client has left
     2.3  end 3           ; next 2.7
 
 A pause begins when the last of several requests ends
-    a b
     0    ask a           -> start a
     0    ask a
     8    loaded a        -> grant 1, grant 2
@@ -1945,7 +1928,6 @@ A pause begins when the last of several requests ends
     13   end 4           ; next 15
 
 A client that alternates between two models teaches no return gap
-    a b
     0    ask a           -> start a
     8    loaded a        -> grant 1
     8    end 1
@@ -1981,21 +1963,16 @@ Idle time counts from readiness
 
 A successful load resets the back-off, and so does a load by hand
     a
-    0    fail a
-    0    fail a
+    0    fail a 2
     0    serve a 1
     1    exited a
-    2    fail a
-    2    fail a
-    2    fail a
+    2    fail a 3
     2.5  ask a           -> refuse 7: model_backing_off
     2.5  ask a manual    -> start a
 
 A model on another machine is not backed off
     r(is_local=0)
-    0    fail r
-    0    fail r
-    0    fail r
+    0    fail r 3
     0    ask r           -> start r
 
 keep-alive 0 unloads once nothing is in flight or waiting
@@ -2007,7 +1984,6 @@ keep-alive 0 unloads once nothing is in flight or waiting
     3    end 2           -> idle a
 
 A preemptible lease is not drained for
-    a b
     0    serve a 1
     1    ask a preemptible -> grant 2
     9    ask b           -> evicted a for b
@@ -2023,10 +1999,8 @@ Unload by hand gives requests in flight their stop-timeout, once
 
 A reload resets the back-off of a changed model
     a
-    0    fail a
-    0    fail a
-    0    fail a
-    0    fail a          -> refuse 4: model_backing_off
+    0    fail a 3
+    0    ask a           -> refuse 4: model_backing_off
     0    reload a changed a
     0    ask a           -> start a
     0    exited a broken -> refuse 5: model_start_failed
@@ -2113,14 +2087,13 @@ class Story:
         self._end(float(end), len(self.tickets))
         return words + self.decide(float(end))[0]
 
-    def _fail(self, now, name):
-        self._ask(now, name)
-        words, _ = self.decide(now)
-        if words != [f"start {name}"]:
-            return words
-        self._report(now, "exited", name, "broken")
-        refusal = f"refuse {len(self.tickets)}: model_start_failed"
-        assert self.decide(now)[0] == [refusal]
+    def _fail(self, now, name, times=1):
+        for _ in range(int(times)):
+            self._ask(now, name)
+            assert self.decide(now)[0] == [f"start {name}"]
+            self._report(now, "exited", name, "broken")
+            refusal = f"refuse {len(self.tickets)}: model_start_failed"
+            assert self.decide(now)[0] == [refusal]
         return []
 
     def _report(self, now, event, name, *failure):
@@ -2173,33 +2146,25 @@ def values_of(text):
 walk = load_tool("walk")
 BROKEN, STARVED, in_words = walk.BROKEN, walk.STARVED, walk.in_words
 World = walk.World
-STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
+STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 
 
 def test_a_refusal_names_only_the_pins_that_are_in_the_way():
-    specs = {
-        "embed": llmswap.ModelSpec({"m": 1}, is_pinned=True),
-        "big": llmswap.ModelSpec({"m": 20}, is_pinned_once_loaded=True),
-        "c": llmswap.ModelSpec({"m": 8}),
-    }
-    scheduler = llmswap.Scheduler(llmswap.Limits(0, {"m": 24}), specs)
-    for name in ("embed", "big"):
-        scheduler.submit(name, 0.0, manual=True)
-        [start], _ = scheduler.decide(0.0)
-        scheduler.loaded(name, start.run, 0.0)
-        scheduler.decide(0.0)
-    scheduler.submit("c", 1.0)
-    [refusal], _ = scheduler.decide(1.0)
+    models = "embed(needs=1,is_pinned=1) big(needs=20,is_pinned_once_loaded=1) c(needs=8)"
+    stage = Story(f"{models} | models_max=0 budget=24")
+    stage.tell(0, "serve embed 0")
+    stage.tell(0, "serve big 0")
+    stage.core.submit("c", 1.0)
+    [refusal], _ = stage.core.decide(1.0)
     assert "beside the pinned big: unload" in str(refusal.problem)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
 def test_story(story):
-    title, setting, *lines = story.splitlines()
-    stage = Story(setting)
+    title, *lines = story.splitlines()
+    stage = Story("a b" if STORY_LINE.fullmatch(lines[0]) else lines.pop(0))
     for line in lines:
-        event, expected, deadline = STORY_LINE.fullmatch(line).groups("")
-        now, text = event.split(None, 1)
+        now, text, expected, deadline = STORY_LINE.fullmatch(line).groups("")
         words, moment = stage.tell(now, text.strip())
         assert ", ".join(words) == expected.strip(), f"{title}: {line}"
         if deadline:
@@ -10720,18 +10685,14 @@ explore = load_tool("explore")
 def test_every_order_of_events_in_a_small_world_keeps_all_promises(name):
     followers, stories = explore.explore(name, tickets=2, faults=1)
     assert len(followers) > 50
-    degrees = Counter(each for those in followers for each in those)
-    ended = [number for number in range(len(followers)) if not degrees[number]]
-    for number in ended:  # grows: what only these led to is no circle either
-        assert followers[number] or not stories[number], stories[number]
-        for follower in followers[number]:
-            degrees[follower] -= 1
-            if not degrees[follower]:
-                ended.append(follower)
-    circle = set(range(len(followers))) - set(ended)
-    for number in circle:
-        leads_on = circle & set(followers[number])
-        assert not (stories[number] and leads_on), f"goes round\n{stories[number]}"
+    waiting = {number for number, story in enumerate(stories) if story}
+    for number in waiting:
+        assert followers[number], stories[number]
+    graph = {number: waiting.intersection(followers[number]) for number in waiting}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"goes round\n{stories[error.args[1][0]]}") from None
 
 
 # ==================================================================================
@@ -10754,17 +10715,12 @@ def test_faults_at_every_moment_do_what_the_table_says():
     assert names == {*faults.FAULTS, "fault"}
 
 
-HANGS = [
-    "m hung: neither",
-    "m (m.service) hung: neither",
-    "it does not answer any more",
-]
-
-
-@pytest.mark.parametrize("kind, said", [*zip(("cmd", "unit", "remote"), HANGS)])
-def test_a_hung_backend_is_restarted_unless_tokens_flow(
-    units, machine, kind, said
-):
+@pytest.mark.parametrize("kind, said", [
+    ("cmd", "m hung: neither"),
+    ("unit", "m (m.service) hung: neither"),
+    ("remote", "it does not answer any more"),
+])
+def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, said):
     units.add("m", port=machine.port)
     sources = {"cmd": "cmd = FAKE", "unit": "unit = m.service", "remote": ""}
     proxy = "" if kind == "cmd" else f"proxy = http://127.0.0.1:{machine.port}"
