@@ -46,6 +46,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import urllib.parse
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -1170,6 +1171,12 @@ MEANINGS = [
         ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
         ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
         ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"))],
+    # a source may be spelled in many ways
+    *[(text, {"a.problem": None}) for line in (
+        "m = x", "model = x", "hf = u/r", "hfr = u/r", "hf_repo = u/r", "mu = u",
+        "dr = d", "LLAMA_ARG_MODEL = x", "gpt-oss-20b-default = on", "extra-args = -m x",
+        "fim-qwen-7b-spec = on", "extra-args = --model=x", "env.LLAMA_ARG_HF_REPO = u/r",
+      ) for text in (f"[a]\n{line}", f"[*]\n{line}\n[a]")],
     # models are found by every name
     ("[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y", {
         **{f"config.find({name!r})": "qwen3:8b" for name in (
@@ -1220,13 +1227,13 @@ MEANINGS = [
         ("[a]\nm = x", "a"),
         ("[a]\nm = x\n[b]\nm = x", None),
         ("[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b", "c"))],
-    ("[a]\ncmd = x ${PORT}\n[b]\nm = x",
-     {"(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60)}),
-    ("[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", {"a.settings.hang_timeout": 5}),
-    ("[llmswap]\nllama-server = /one\n[a]\nm = x", {"a.settings.llama_server": "/one"}),
-    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\n[a]\nm = x\n[b]\n"
-     "m = x\nllama-server = /3",
-     {"(a.settings.llama_server, b.settings.llama_server)": ("/two", "/3")}),
+    ("[llmswap]\nllama-server = /one\n[a]\ncmd = x ${PORT}\n[b]\nm = x", {
+        "(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60),
+        "b.settings.llama_server": "/one"}),
+    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\nhang-timeout = 5\n"
+     "[a]\ncmd = x ${PORT}\n[b]\nm = x\n[c]\nm = x\nllama-server = /3", {
+        "a.settings.hang_timeout": 5,
+        "(b.settings.llama_server, c.settings.llama_server)": ("/two", "/3")}),
     ("[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
      "[f]\nuses = e\nalias = a\n[b]\nm = x\n",
      {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
@@ -1384,16 +1391,6 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     assert config.models["b"].problem is config.models["d"].problem is None
 
 
-@pytest.mark.parametrize("line", [
-    "m = x", "model = x", "hf = u/r", "hfr = u/r", "hf_repo = u/r", "mu = u", "dr = d",
-    "LLAMA_ARG_MODEL = x", "gpt-oss-20b-default = on", "fim-qwen-7b-spec = on",
-    "extra-args = -m x", "extra-args = --model=x", "env.LLAMA_ARG_HF_REPO = u/r",
-])
-def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
-    for text in (f"[a]\n{line}", f"[*]\n{line}\n[a]"):
-        assert read(tmp_path, text).models["a"].problem is None
-
-
 @pytest.mark.parametrize("text, warning", [
     ("[a]\nm = /a#b", "m.ini:2: [a] m: a comment begins at '#', as in llama.cpp; "
                       "the value is '/a'"),
@@ -1518,8 +1515,6 @@ def test_every_gguf_in_models_dir_is_a_model(tmp_path, models_dir):
 
 # ---- The same argv as llama-server's router -----------------------------------------
 
-PRESET_ROUNDS = int(os.environ.get("PRESET_ROUNDS", "3"))  # of 300 sections each
-
 
 def argvs_of_router(path, *options):
     """{id: argv} of the models that llama-server's router makes of the file."""
@@ -1540,7 +1535,7 @@ def argvs_of_router(path, *options):
 
 
 @with_llama_server
-@pytest.mark.parametrize("seed", range(PRESET_ROUNDS))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     table = llmswap.options_of(LLAMA_SERVER)
     shared = {"alias"}  # llama.cpp knows the keys that llmswap shares with it
@@ -1572,8 +1567,6 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 # ==================================================================================
 # 3  Scheduling
 # ==================================================================================
-
-# -- tables ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("models, needed, expected", [
@@ -2175,9 +2168,6 @@ def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
     assert str(BROKEN) in str(refusal.problem)
 
 
-# -- the world outside: clients in closed loops --------------------------------------
-
-
 def ask_in_a_loop(world, name, requests, thinking, served):
     """Ask, wait, be served, think, and ask again, so many times."""
 
@@ -2215,20 +2205,18 @@ def test_two_groups_of_clients_in_closed_loops_need_few_loads(
     assert world.starts <= most
 
 
-# -- speed ---------------------------------------------------------------------------
-
-
-def calls_of_a_decision(limits, tickets, models=500, loaded=20):
+def calls_of_a_decision(tickets):
     """How many Python calls it takes to decide nothing, everybody waiting for room."""
-    names = [f"m{i}" for i in range(models)]
+    names = [f"m{i}" for i in range(500)]
     specs = {name: llmswap.ModelSpec(needs={"vram": 1}) for name in names}
-    core = llmswap.Scheduler(llmswap.Limits(**limits, queue_max=0), specs)
-    for name in names[:loaded]:
+    limits = llmswap.Limits(models_max=0, budget={"vram": 20}, queue_max=0)
+    core = llmswap.Scheduler(limits, specs)
+    for name in names[:20]:
         core.submit(name, 0.0)
         core.decide(0.0)
         core.loaded(name, core.models[name].run, 0.0)
         core.decide(0.0)
-    for name in itertools.islice(itertools.cycle(names[loaded:]), tickets):
+    for name in itertools.islice(itertools.cycle(names[20:]), tickets):
         core.submit(name, 0.0)
     core.decide(0.1)
     calls = []
@@ -2239,32 +2227,22 @@ def calls_of_a_decision(limits, tickets, models=500, loaded=20):
     return len(calls)
 
 
-@pytest.mark.parametrize(
-    "limits", [dict(models_max=20), dict(models_max=0, budget={"vram": 20})]
-)
-def test_a_decision_takes_time_in_proportion_to_the_queue(limits):
-    some, twice = (calls_of_a_decision(limits, tickets) for tickets in (500, 1000))
+def test_a_decision_takes_time_in_proportion_to_the_queue():
+    some, twice = map(calls_of_a_decision, (500, 1000))
     assert twice < 2.5 * some
     assert some < 20_000
 
 
-# -- the random walk -----------------------------------------------------------------
-
-
-WALK_SECONDS = float(os.environ.get("WALK_SECONDS", 2))
-WALK_SEED = int(os.environ.get("WALK_SEED", 1))
+WALKS = int(os.environ.get("WALKS", "30"))  # of each kind
 
 
 @pytest.mark.parametrize("is_calm", [False, True])
 def test_a_random_walk_over_all_events(is_calm):
-    ends = time.monotonic() + WALK_SECONDS / 2
-    for seed in itertools.count(WALK_SEED):
+    for seed in range(WALKS):
         try:
             walk.Walk(seed, is_calm).run(steps=150)
         except Exception as error:
             raise AssertionError(f"seed {seed}, is_calm={is_calm}") from error
-        if time.monotonic() > ends:
-            return
 
 
 # ==================================================================================
@@ -10689,19 +10667,14 @@ def test_every_order_of_events_in_a_small_world_keeps_all_promises(name):
 # ==================================================================================
 
 
-FAULTS_SEED = os.environ.get("FAULTS_SEED", "1")
-
-
 def test_faults_at_every_moment_do_what_the_table_says():
     """Some of them; the command `faults` goes through all."""
     faults = load_tool("faults")
-    names = random.Random(FAULTS_SEED).sample(sorted(faults.FAULTS), 3)
-    assert faults.faults_main(names) == 0
+    assert faults.faults_main(["machine sleeps", "rubbish", "SIGKILL"]) == 0
     for fault in faults.FAULTS:
         assert all(len(row) == 5 for row in faults.expected_rows(fault))
     lines = faults.FAULT_TABLE.splitlines()
-    names = {line.partition("|")[0].strip() for line in lines}
-    assert names == {*faults.FAULTS, "fault"}
+    assert {line.partition("|")[0].strip() for line in lines} == {*faults.FAULTS, "fault"}
 
 
 @pytest.mark.parametrize("kind, said", [
