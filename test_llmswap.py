@@ -1569,46 +1569,6 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 # ==================================================================================
 
 
-@pytest.mark.parametrize("models, needed, expected", [
-    # name: (last grant, in flight, size); room needed; the victims
-    ({"a": (1, 1, 2), "b": (2, 0, 1), "c": (3, 0, 1)}, 2, "bc"),
-    ({"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
-    ({"a": (1, 1, 2), "b": (2, 0, 1)}, 3, "ab"),
-    ({"a": (3, 0, 1), "b": (1, 0, 1), "c": (2, 0, 1)}, 2, "bc"),
-    ({"a": (1, 0, 1), "b": (2, 1, 1)}, 3, None),
-])  # fmt: skip
-def test_victims_are_idle_then_few_then_the_least_recently_used(
-    models, needed, expected
-):
-    candidates = [
-        model_with(name, last_grant=last_grant, in_flight=in_flight, size=size)
-        for name, (last_grant, in_flight, size) in models.items()
-    ]
-    chosen = llmswap.choose_victims(candidates, lambda some: size_of(some) >= needed)
-    assert chosen == (expected and {each for each in candidates if each.name in expected})
-
-
-def model_with(name, size=0, **facts):
-    model = llmswap.ModelState(name, llmswap.ModelSpec(needs={"vram": size}))
-    for fact, value in facts.items():
-        setattr(model, fact, value)
-    return model
-
-
-def size_of(models):
-    return sum(model.spec.needs["vram"] for model in models)
-
-
-def test_many_candidates_are_chosen_from_in_bounded_steps_and_without_waste():
-    candidates = [model_with(f"m{i}", size=1, last_grant=i) for i in range(60)]
-    tries = []
-    chosen = llmswap.choose_victims(
-        candidates, lambda some: tries.append(1) or size_of(some) >= 30
-    )
-    assert chosen == set(candidates[:30])
-    assert len(tries) < 1000
-
-
 SETS = (frozenset("ab"), frozenset("bc"))
 ALLOWED = [
     # limits; usages, as name or (name, places, vram); whether they fit together
@@ -1642,7 +1602,7 @@ def test_limits_allow(limits, held, expected):
     ([0.25], 1.0, 0.005), ([0.25], 2.0, 0.5), ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
 ])  # fmt: skip
 def test_return_gap(pauses, cost, expected):
-    model = model_with("a")
+    model = llmswap.ModelState("a", llmswap.ModelSpec())
     model.pauses.extend(pauses)
     assert model.return_gap(cost) == expected
 
@@ -1828,6 +1788,13 @@ Victims that drain stay chosen
     3    end 2
     4    ask a
     5    end 1           -> evicted a for c
+
+A busy victim that makes the room alone spares the idle ones
+    a(needs=2) b(needs=1) c(needs=2) | models_max=0 budget=3 patience=0
+    0    serve b 0
+    1    busy a
+    9    ask c
+    9    end 2           -> evicted a for c
 
 Victims serve again when the ticket times out
     a b | patience=0 queue_timeout=5
@@ -2205,32 +2172,44 @@ def test_two_groups_of_clients_in_closed_loops_need_few_loads(
     assert world.starts <= most
 
 
-def calls_of_a_decision(tickets):
-    """How many Python calls it takes to decide nothing, everybody waiting for room."""
-    names = [f"m{i}" for i in range(500)]
-    specs = {name: llmswap.ModelSpec(needs={"vram": 1}) for name in names}
-    limits = llmswap.Limits(models_max=0, budget={"vram": 20}, queue_max=0)
-    core = llmswap.Scheduler(limits, specs)
-    for name in names[:20]:
-        core.submit(name, 0.0)
-        core.decide(0.0)
-        core.loaded(name, core.models[name].run, 0.0)
-        core.decide(0.0)
-    for name in itertools.islice(itertools.cycle(names[20:]), tickets):
-        core.submit(name, 0.0)
-    core.decide(0.1)
+def crowded_stage(models, loaded, more=""):
+    """Models m0, m1 and so on that need 1 each; the first, all busy, fill the budget."""
+    specs = " ".join(f"m{i}(needs=1)" for i in range(models))
+    stage = Story(f"{specs} {more} | models_max=0 budget={loaded} queue_max=0")
+    for i in range(loaded):
+        stage.tell(i, f"busy m{i}")
+    return stage
+
+
+def decide_and_count(stage, now):
+    """The decisions, and how many Python calls they took."""
     calls = []
     sys.setprofile(lambda frame, event, what: event == "call" and calls.append(1))
-    core.decide(0.2)
+    words, _ = stage.decide(now)
     sys.setprofile(None)
-    assert core.queued == tickets
-    return len(calls)
+    return words, len(calls)
 
 
 def test_a_decision_takes_time_in_proportion_to_the_queue():
-    some, twice = map(calls_of_a_decision, (500, 1000))
-    assert twice < 2.5 * some
-    assert some < 20_000
+    stage, counts = crowded_stage(models=500, loaded=20), []
+    for i in range(1000):
+        stage.tell(20, f"+ask m{20 + i % 480}")
+        if i in (499, 999):
+            stage.decide(20)
+            words, count = decide_and_count(stage, 20.1)
+            assert words == []
+            counts.append(count)
+    assert counts[1] < 2.5 * counts[0] < 2.5 * 20_000
+
+
+def test_many_victims_are_chosen_in_bounded_steps_and_without_waste():
+    stage = crowded_stage(models=60, loaded=60, more="new(needs=30)")
+    for i in range(60):
+        stage.tell(60, f"end {i + 1}")
+    stage.tell(99, "+ask new")
+    words, count = decide_and_count(stage, 99)
+    assert words == [f"evicted m{i} for new" for i in range(30)]
+    assert count < 200_000
 
 
 WALKS = int(os.environ.get("WALKS", "30"))  # of each kind
