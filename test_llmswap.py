@@ -1789,12 +1789,13 @@ Victims that drain stay chosen
     4    ask a
     5    end 1           -> evicted a for c
 
-A busy victim that makes the room alone spares the idle ones
-    a(needs=2) b(needs=1) c(needs=2) | models_max=0 budget=3 patience=0
+Beside a busy victim only those idle ones go that must
+    a(needs=2) b(needs=1) c(needs=1) d(needs=3) | models_max=0 budget=4 patience=0
     0    serve b 0
-    1    busy a
-    9    ask c
-    9    end 2           -> evicted a for c
+    1    serve c 1
+    2    busy a
+    9    ask d           -> evicted b for d
+    9    end 3           -> evicted a for d
 
 Victims serve again when the ticket times out
     a b | patience=0 queue_timeout=5
