@@ -732,7 +732,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
-    printed = subprocess.check_output([sys.executable, LLMSWAP, "--keys"], text=True)
+    printed = subprocess.check_output([sys.executable, llmswap_file(), "--keys"], text=True)
     keys = llmswap.PROXY_KEYS + llmswap.MODEL_KEYS
     for key in keys:
         text = " ".join(f"{key.name} = {key.default} {key.help}".split())
@@ -1569,34 +1569,6 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 # ==================================================================================
 
 
-SETS = (frozenset("ab"), frozenset("bc"))
-ALLOWED = [
-    # limits; usages, as name or (name, places, vram); whether they fit together
-    (dict(models_max=1), "ab", False),
-    (dict(models_max=0), "abcdefgh", True),
-    (dict(models_max=1), ["a", ("remote", 0, 0)], True),
-    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 2)], True),
-    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("b", 1, 2)], False),
-    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("asleep", 0, 2)], False),
-    (dict(models_max=0, budget={"ram": 3}), [("a", 1, 9)], True),
-    (dict(models_max=0, sets=SETS), "ab", True),
-    (dict(models_max=0, sets=SETS), "ac", False),
-    (dict(models_max=0, sets=SETS), "d", True),
-    (dict(models_max=0, sets=SETS), "ad", False),
-    (dict(models_max=0, sets=SETS), ["a", "b", ("asleep", 0, 1)], True),
-]
-
-
-@pytest.mark.parametrize("limits, held, expected", ALLOWED)
-def test_limits_allow(limits, held, expected):
-    rows = [(each, 1, 0) if isinstance(each, str) else each for each in held]
-    usages = [
-        llmswap.ModelUsage(name, places, {"vram": vram} if vram else {})
-        for name, places, vram in rows
-    ]
-    assert llmswap.Limits(**limits).allow(usages) is expected
-
-
 @pytest.mark.parametrize("pauses, cost, expected", [
     ([], 1.0, 0.005), ([0.1, 5.0], 1.0, 0.2), ([0.1, 5.0, 5.0], 1.0, 0.005),
     ([0.25], 1.0, 0.005), ([0.25], 2.0, 0.5), ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
@@ -1803,6 +1775,20 @@ Victims serve again when the ticket times out
     1    ask b           ; next 6
     6    end 1           -> refuse 2: queue_timeout
     6    ask a           -> grant 3
+
+Sets load together, beside what sleeps, and other models alone
+    a b c d s(sleeps) | models_max=0 budget=20 sets=ab,bc
+    0    serve s 0
+    1    ask a           -> sleep s for a
+    1    slept s         -> start a
+    1    loaded a        -> grant 2
+    1    end 2
+    9    serve b 9
+    20   ask c           -> evicted a for c
+    21   exited a        -> start c
+    21   loaded c        -> grant 4
+    21   end 4
+    30   ask d           -> evicted b for d, evicted c for d
 
 A victim serves on if the newcomer got its room from another
     a b c | models_max=2 patience=0
@@ -2088,6 +2074,8 @@ def values_of(text):
     for key, value in values.items():
         if key in ("needs", "sleep_needs", "budget"):
             values[key] = {"vram": int(value)}
+        elif key == "sets":
+            values[key] = tuple(map(frozenset, value.split(",")))
         else:
             values[key] = float(value)
     return values
@@ -3564,7 +3552,7 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
 
 
 def test_output_that_cannot_be_written_is_an_error():
-    keys, null = [sys.executable, LLMSWAP, "--keys"], subprocess.DEVNULL
+    keys, null = [sys.executable, llmswap_file(), "--keys"], subprocess.DEVNULL
     with open("/dev/full", "w") as full:
         assert subprocess.run(keys, stdout=full, stderr=null).returncode == 1
 
