@@ -2149,7 +2149,7 @@ def test_a_decision_takes_time_in_proportion_to_the_queue():
         if i in (499, 999):
             stage.decide(20)
             words, count = decide_and_count(stage, 20.1)
-            assert words == []
+            assert words == [] and stage.core.queued == i + 1
             counts.append(count)
     assert counts[1] < 2.5 * counts[0] < 2.5 * 20_000
 
