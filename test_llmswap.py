@@ -18,6 +18,7 @@ import collections
 import contextlib
 import errno
 import functools
+import graphlib
 import gzip
 import hashlib
 import importlib.util
@@ -45,7 +46,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
-import urllib.request
+import urllib.parse
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ import llmswap
 
 
 class Absent:
-    """Stands for a library that is not there: what is taken from it, too."""
+    """Stands for a library that is not there, and for what is taken from it."""
 
     def __getattr__(self, name):
         return self
@@ -169,9 +170,9 @@ def encoded(body):
     return body.encode() if isinstance(body, str) else json.dumps(body).encode()
 
 
-def request_head(method, path, length, headers=(), host="127.0.0.1"):
+def request_head(method, path, length, headers=()):
     """A head; what `headers` (pairs) says replaces what it would say by itself."""
-    fields = {"Host": host}
+    fields = {"Host": "127.0.0.1"}
     if length:
         fields["Content-Type"] = "application/json"
     if length or method in ("POST", "PUT", "PATCH"):
@@ -209,11 +210,7 @@ class Client:
 
     def send(self, method, path, body=None, headers=()):
         self.method, data = method, encoded(body)
-        head = request_head(method, path, len(data), headers)
-        if len(data) < 2**20:
-            return self.sock.sendall(head + data)
-        self.sock.sendall(head)
-        return self.sock.sendall(data)
+        self.sock.sendall(request_head(method, path, len(data), headers) + data)
 
     def ask(self, method, path, body=None, headers=()):
         self.send(method, path, body, headers)
@@ -307,8 +304,8 @@ class Stream:
     def __exit__(self, *_):
         self.close()
 
-    def close(self, reset=False):
-        self.client.hang_up(reset)
+    def close(self):
+        self.client.hang_up()
 
     def events(self):
         """Yield the data of each event; BrokenAnswer if the stream was cut."""
@@ -342,12 +339,20 @@ class Stream:
 
 
 @lru_cache(maxsize=None)
-def llmswap_file():
-    """llmswap.py compiled, which saves each start the time to do that."""
-    folder = tempfile.mkdtemp(prefix="llmswap-compiled-")
+def compiled(path, name):
+    """The path of this Python file compiled, which saves each start that time."""
+    folder = tempfile.mkdtemp(prefix=f"{name}-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    compiled = os.path.join(folder, "llmswap.pyc")
-    return py_compile.compile(LLMSWAP, compiled, doraise=True)
+    return py_compile.compile(path, os.path.join(folder, f"{name}.pyc"), doraise=True)
+
+
+def llmswap_file():
+    return compiled(LLMSWAP, "llmswap")
+
+
+def fake_file():
+    """The fake server, compiled: it starts in 25 ms."""
+    return compiled(CI / "fake.py", "fake")
 
 
 def llmswap_words(constants):
@@ -357,15 +362,6 @@ def llmswap_words(constants):
     path = f"import sys; sys.path.insert(0, {os.path.dirname(llmswap_file())!r})"
     sets = "; ".join(f"l.{name} = {value!r}" for name, value in constants.items())
     return ["-c", f"{path}; import llmswap as l; {sets}; sys.exit(l.main())"]
-
-
-@lru_cache(maxsize=None)
-def fake_file():
-    """The fake server, compiled: it starts in 25 ms."""
-    folder = tempfile.mkdtemp(prefix="llmswap-fake-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    compiled = os.path.join(folder, "fake.pyc")
-    return py_compile.compile(CI / "fake.py", compiled, doraise=True)
 
 
 def fake_command(*flags, port="${PORT}"):
@@ -392,12 +388,10 @@ def family(token):
     environment or, where another user's cannot be read, as an argument."""
     mark, found = f"{FAMILY}={token}\0".encode(), {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
             words = _read_proc(entry, "cmdline")
             if mark in words or mark in _read_proc(entry, "environ"):
                 found[int(entry)] = words.replace(b"\0", b" ").decode().strip()
-        except OSError:
-            pass  # it ended meanwhile, or is not ours
     return found
 
 
@@ -410,12 +404,10 @@ def zombies_of(pid):
     """The pids of the dead children that process `pid` has not reaped."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
+        with contextlib.suppress(OSError):  # it ended meanwhile
             state, parent = _read_proc(entry, "stat").rpartition(b")")[2].split()[:2]
-        except OSError:
-            continue
-        if state == b"Z" and int(parent) == pid:
-            found.append(int(entry))
+            if state == b"Z" and int(parent) == pid:
+                found.append(int(entry))
     return found
 
 
@@ -451,10 +443,8 @@ class Fake:
             self.process = None
 
     def is_ready(self):
-        try:
+        with contextlib.suppress(OSError):
             return self.ask("GET", "/health").status == 200
-        except OSError:
-            return False
 
     def ask(self, method, path, body=None, headers=()):
         return ask(self.port, method, path, body, headers)
@@ -627,7 +617,7 @@ def word_after(argv, name, default):
 # 0  The file itself: its sections, its README, its example.
 # ==================================================================================
 
-BANNER = re.compile(r"^# ={82}\n# (\d+)  (\w[\w ]*): ", re.MULTILINE)
+BANNER = re.compile(r"^# ={82}\n# (\d+)  (\w[\w ]*): .*", re.MULTILINE)
 FOREIGN_NAMES = {  # by section: names that it never uses
     "Errors": "threading socket subprocess time os",
     "Configuration": "threading socket subprocess time select signal",
@@ -638,6 +628,7 @@ FOREIGN_NAMES = {  # by section: names that it never uses
     "Repair": "socket Request Reply Model Config Pool Handler http",
     "Pages": "socket Handler Pool Scheduler subprocess threading",
     "API": "Scheduler subprocess Popen",
+    "Command line": "",
 }
 SOURCE = Path(LLMSWAP).read_text()
 
@@ -645,19 +636,13 @@ SOURCE = Path(LLMSWAP).read_text()
 @lru_cache(maxsize=None)
 def source_sections():
     """{name: its nodes} of each section of llmswap.py, in order."""
-    banners = [*BANNER.finditer(SOURCE)]
-    assert [int(each[1]) for each in banners] == [*range(1, 11)]
-    starts = [SOURCE.count("\n", 0, each.start()) for each in banners]
-    ends = [*starts[1:], SOURCE.count("\n") + 1]
-    body = ast.parse(SOURCE).body
-    return {
-        each[2]: [node for node in body if start < node.lineno <= end]
-        for each, start, end in zip(banners, starts, ends)
-    }
+    _, *parts = BANNER.split(SOURCE)
+    assert [*map(int, parts[::3])] == [*range(1, 11)]
+    return {name: ast.parse(text).body for name, text in zip(parts[1::3], parts[2::3])}
 
 
-def test_sections_stand_in_their_order_and_use_only_those_above():
-    assert [*source_sections()] == [*FOREIGN_NAMES, "Command line"]
+def test_sections_stand_in_their_order_and_know_only_what_they_may():
+    assert [*source_sections()] == [*FOREIGN_NAMES]
     below = {  # with functions and classes, as nothing else has a name
         getattr(node, "name", None)
         for nodes in source_sections().values() for node in nodes
@@ -666,6 +651,9 @@ def test_sections_stand_in_their_order_and_use_only_those_above():
         below -= {getattr(node, "name", None) for node in nodes}
         used = {name for node in nodes for name in names_from_outside(node)}
         assert not used & below, f"{section} uses what stands below"
+        walked = [each for node in nodes for each in ast.walk(node)]
+        names = {getattr(each, "id", getattr(each, "attr", None)) for each in walked}
+        assert not names & set(FOREIGN_NAMES[section].split()), section
 
 
 def names_from_outside(node):
@@ -674,13 +662,6 @@ def names_from_outside(node):
     own = {each.id for each in names if not isinstance(each.ctx, ast.Load)}
     own |= {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
     return {each.id for each in names} - own
-
-
-@pytest.mark.parametrize("section, foreign", FOREIGN_NAMES.items())
-def test_a_section_does_not_know_what_it_must_not_know(section, foreign):
-    walked = [each for node in source_sections()[section] for each in ast.walk(node)]
-    used = {getattr(each, "id", getattr(each, "attr", None)) for each in walked}
-    assert not used & set(foreign.split())
 
 
 def test_private_attributes_are_used_by_their_own_class_only():
@@ -708,10 +689,6 @@ def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library()
 
 README = HERE.with_name("README.md")
 PAGES = [README, HERE.with_name(".github") / "recipes.md"]
-
-
-def readme_text():
-    return README.read_text()
 
 
 def section(title):
@@ -746,15 +723,20 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
-    printed = subprocess.check_output([sys.executable, LLMSWAP, "--keys"], text=True)
+    words = [sys.executable, llmswap_file(), "--keys"]
+    printed = subprocess.check_output(words, text=True)
     keys = llmswap.PROXY_KEYS + llmswap.MODEL_KEYS
     for key in keys:
         text = " ".join(f"{key.name} = {key.default} {key.help}".split())
         assert text.replace("`", "") in " ".join(printed.split())
-    table = readme_text().partition("The ten keys")[2].partition("Durations")[0]
+    table = README.read_text().partition("The ten keys")[2].partition("Durations")[0]
     named = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     names = re.findall(r"`([^`]+)`", " ".join(named))
-    assert len(names) > 9 and set(names) <= {key.name for key in keys}
+    lines = section("Coming from llama-swap").splitlines()
+    ours = [line.split("|")[-2] for line in lines if line[:3] == "| `"]
+    translated = re.findall(r"`([a-z][a-z-]+)(?: = [^`]*)?`", "".join(ours))
+    assert len(names) > 9 and len(translated) > 15
+    assert {*names, *translated} <= {key.name for key in keys} | {"ttl"}
 
 
 def test_the_example_and_every_file_of_the_pages_give_no_warnings(tmp_path):
@@ -769,22 +751,12 @@ def test_the_example_and_every_file_of_the_pages_give_no_warnings(tmp_path):
 
 
 def test_only_the_tests_need_pytest():
-    run = f"""import runpy, sys
-sys.modules["pytest"] = None
-sys.path.insert(0, {str(HERE.parent)!r})
-runpy.run_path({str(HERE)!r}, run_name="__main__")"""
-    words = [sys.executable, "-c", run, "bench", "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    run = "import sys; sys.modules['pytest'] = None; import test_llmswap as t"
+    words = [sys.executable, "-c", f"{run}; t.main(['bench', '--help'])"]
+    pipe = subprocess.PIPE
+    done = subprocess.run(words, cwd=HERE.parent, stdout=pipe, stderr=pipe, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "test_llmswap.py bench" in done.stdout
-
-
-def test_the_readme_translates_llama_swaps_keys_into_ours():
-    lines = section("Coming from llama-swap").splitlines()
-    ours = [line.split("|")[-2] for line in lines if line[:3] == "| `"]
-    named = re.findall(r"`([a-z][a-z-]+)(?: = [^`]*)?`", "".join(ours))
-    known = {key.name for key in llmswap.PROXY_KEYS + llmswap.MODEL_KEYS} | {"ttl"}
-    assert len(named) > 15 and set(named) <= known
 
 
 @pytest.mark.parametrize(
@@ -866,12 +838,8 @@ HELP = """\
                                         (env: LLAMA_ARG_KV_OFFLOAD)
 --no-host                               bypass host buffer
                                         (env: LLAMA_ARG_NO_HOST)
--ot,   --override-tensor <tensor name pattern>=<buffer type>,...
-                                        override tensor buffer type
 -ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers to store in VRAM
 --lora FNAME                            path to LoRA adapter
---control-vector-layer-range START END
-                                        layer range to apply the control vector to
 -m,    --model FNAME                    model path to load
 -hft,  --hf-token TOKEN                 Hugging Face access token
                                         (env: HF_TOKEN)
@@ -880,10 +848,6 @@ HELP = """\
 --temp, --temperature N                 temperature (default: 0.80)
 --spec-draft-model, -md, --model-draft FNAME
                                         draft model for speculative decoding
--np,   --parallel N                     number of server slots
-                                        (env: LLAMA_ARG_N_PARALLEL)
--cb,   --cont-batching, -nocb, --no-cont-batching
-                                        whether to enable continuous batching
 -mm,   --mmproj FILE                    path to a multimodal projector file
 --mmproj-auto, --no-mmproj, --no-mmproj-auto
                                         whether to use multimodal projector file
@@ -909,17 +873,15 @@ OPTIONS = llmswap.parse_help(HELP)
     ("queue-timeout",
      {"90": 90, "90s": 90, "15m": 900, "1h30m": 5400, "1.5h": 5400, "250ms": 0.25,
       "0": 0, "99999999d": 100 * 365 * 86400},
-     ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "m", "inf", "1e3", "٣s", "9" * 400,
-      "10M"]),
+     ["", "soon", "1.", ".5", "-1", "1h30", "1 h", "1e3", "٣s", "9" * 400, "10M"]),
     ("patience", {"auto": None, "5s": 5}, ["", "never"]),
     ("max-body",
      {"512M": 512 * 2**20, "18G": 18 * 2**30, "1.5T": 1.5 * 2**40, "18 GiB": 18 * 2**30,
       "18gb": 18 * 2**30, "7": 7},
-     ["", "G", "-1G", "1X", "1GG", "one", "1,5G", "1\u212a", "9" * 400]),
+     ["", "G", "-1G", "1X", "1GG", "1,5G", "1\u212a", "9" * 400]),
     ("keep-loaded", {"ON": True, "yes": True, "enabled": True, "0": False, "No": False},
      ["", "maybe", "2", "onn"]),
-    ("pin", {"ON": True, "yes": True, "0": False, "loaded": "loaded"},
-     ["", "maybe", "loaded on", "unloaded"]),
+    ("pin", {"ON": True, "0": False, "loaded": "loaded"}, ["", "loaded on", "unload"]),
     ("concurrency", {"0": 0, "12": 12}, ["", "-1", "1.5", "one", "1_0", "٣", "9" * 20]),
     ("oom-score-adj", {"-1000": -1000, "7": 7},
      ["", "1001", "-1001", "9999", "1.5", "--1"]),
@@ -935,8 +897,8 @@ OPTIONS = llmswap.parse_help(HELP)
     ("listen",
      {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
       "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
-     ["", ",", "8080", ":8080", "host", "h:99999", "::1:80", "[::1]", "http://h:1",
-      "unix:", "h:x", "a b:1"]),
+     ["", ",", "8080", ":8080", "h:99999", "::1:80", "[::1]", "http://h:1", "unix:",
+      "h:x", "a b:1"]),
     ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
      ["", "health", "/a b", "None"]),
     ("sleep",
@@ -948,8 +910,7 @@ OPTIONS = llmswap.parse_help(HELP)
     ("wake-mac",
      {"ab:cd:EF:01:23:45": bytes.fromhex("abcdef012345"), "": None,
       "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
-     ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45",
-      "ab:cd:ef:01:23:45:"]),
+     ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45"]),
     ("proxy", {"https://h:1/base": "https://h:1/base"},
      ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
     ("loading-notice", {"OFF": "off"}, ["", "on"]),
@@ -966,29 +927,21 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
 
 
 @pytest.mark.parametrize("text, sections", [
-    ("", {}), ("[a]\nc = 1", {"a": {"c": "1"}}),
-    ("[a]\r\nc = 1\r\n", {"a": {"c": "1"}}),
+    ("", {}), ("[a]\r\nc = 1\r\n", {"a": {"c": "1"}}),
     ("[a]\rc = 1\rd = 2", {"a": {"c": "1", "d": "2"}}),
-    ("[a] ; x\n; c = 1\n  # c = 2\n\t\n", {"a": {}}),
-    ("[ a b ]\n", {"a b ": {}}),
-    ("[x#y;z]\n", {"x#y;z": {}}),
-    ("[a\nb]\nc = 1", {"a\nb": {"c": "1"}}),
-    ("[a]# comment\n", {"a": {}}),
-    ("[a]\nc\t = \t1 \t\n", {"a": {"c": "1"}}),
-    ("[a]\nc=\nd = ", {"a": {"c": "", "d": ""}}),
-    ("[a]\nsamplers = top_k;top_p", {"a": {"samplers": "top_k"}}),
-    ("[a]\nm = /m/a#1.gguf", {"a": {"m": "/m/a"}}),
-    ("[a]\nm = /m/a  ; why", {"a": {"m": "/m/a"}}), ("[a]\nm = ;", {"a": {"m": ""}}),
-    ("[a]\nj = {\"x\":\"a#b\"}", {"a": {"j": "{\"x\":\"a"}}),
-    ("[a]\nm = \"/m/a b.gguf\"", {"a": {"m": "\"/m/a b.gguf\""}}),
-    ("[a]\nt = foo\\\nc = 1", {"a": {"t": "foo\\", "c": "1"}}),
-    ("[a]\nokv = a.b=bool:false", {"a": {"okv": "a.b=bool:false"}}),
-    ("[a]\nt = é\u2028\x85\x0b\x0cé", {"a": {"t": "é\u2028\x85\x0b\x0cé"}}),
-    ("[a]\nc = 1\nc = 2", {"a": {"c": "2"}}),
-    ("[a]\nc = 1\n[b]\n[a]\nd = 2", {"b": {}, "a": {"d": "2"}}),
+    ("[a] ; x\n; c = 1\n  # c = 2\n\t\n[b]# comment", {"a": {}, "b": {}}),
+    ("[ a b ]\n[x#y;z]\n[c\nd]", {"a b ": {}, "x#y;z": {}, "c\nd": {}}),
+    ("[a]\nc\t = \t1 \t\nd=\ne = ", {"a": {"c": "1", "d": "", "e": ""}}),
+    # a comment begins at any ; or #, and nothing is quoted or escaped
+    ("[a]\nc = top_k;top_p\nd = /m/a#1\ne = /m/a  ; why\nf = ;\ng = {\"x\":\"a#b\"}",
+     {"a": {"c": "top_k", "d": "/m/a", "e": "/m/a", "f": "", "g": "{\"x\":\"a"}}),
+    ("[a]\nc = \"a b\"\nd = a\\\ne = a.b=bool:false\nt = é\u2028\x85\x0b\x0cé",
+     {"a": {"c": "\"a b\"", "d": "a\\", "e": "a.b=bool:false",
+            "t": "é\u2028\x85\x0b\x0cé"}}),
+    ("[a]\nc = 1\nc = 2\n[b]\n[a]\nd = 2\nd = 3", {"b": {}, "a": {"d": "3"}}),
+    ("version = 1\nc = 1\n[default]\nd = 1\n[a]\nversion = 2",
+     {"default": {"d": "1"}, "a": {"version": "2"}}),
     ("c = 1\n[a]", {"default": {"c": "1"}, "a": {}}),
-    ("c = 1\n[default]\nd = 1", {"default": {"d": "1"}}),
-    ("version = 1\n[a]\nversion = 2", {"a": {"version": "2"}}),
     # unambiguous texts that llama.cpp refuses
     ("  [a]\n  c = 1", {"a": {"c": "1"}}), ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
     ("[a]\n--ctx-size = 1\n-c = 2", {"a": {"ctx-size": "1", "c": "2"}}),
@@ -998,7 +951,6 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     ("[a]\nset-params = {\"a\": \"; #\"}", {"a": {"set-params": '{"a": "; #"}'}}),
     ("[a]\ndescription = it's C#; really ; a\t# b",
      {"a": {"description": "it's C#; really"}}),
-    ("[a]\ndescription = a\t# b", {"a": {"description": "a"}}),
     ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
      {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
@@ -1026,7 +978,6 @@ def test_sections_are_read(text, sections):
         ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
         ("lissen = x", "lissen: unknown key; did you mean listen?"),
         ("idle-timeout = 5", "idle-timeout: belongs to a model, or in [*]"),
-        ("ctx-size = 5", "ctx-size: unknown key"),
         ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
         ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
         ("default-model = nobody", "default-model: there is no model 'nobody'"),
@@ -1211,6 +1162,13 @@ MEANINGS = [
         ("stop-timeout = soon", "'soon' is not a duration such as 15m; taken as 10"),
         ("stop-timeout =", "'' is not a duration such as 15m; taken as 10"),
         ("load-on-startup = maybe", "'maybe' is not on or off; taken as off"))],
+    # a source may be spelled in many ways
+    *[(text, {"a.problem": None}) for line in (
+        "m = x", "model = x", "hf = u/r", "hfr = u/r", "hf_repo = u/r", "mu = u",
+        "dr = d", "LLAMA_ARG_MODEL = x", "env.LLAMA_ARG_HF_REPO = u/r",
+        "gpt-oss-20b-default = on", "fim-qwen-7b-spec = on",
+        "extra-args = -m x", "extra-args = --model=x",
+      ) for text in (f"[a]\n{line}", f"[*]\n{line}\n[a]")],
     # models are found by every name
     ("[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y", {
         **{f"config.find({name!r})": "qwen3:8b" for name in (
@@ -1261,13 +1219,13 @@ MEANINGS = [
         ("[a]\nm = x", "a"),
         ("[a]\nm = x\n[b]\nm = x", None),
         ("[llmswap]\ndefault-model = B\n[a]\nm=x\n[c]\nm=x\nalias = b", "c"))],
-    ("[a]\ncmd = x ${PORT}\n[b]\nm = x",
-     {"(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60)}),
-    ("[*]\nhang-timeout = 5\n[a]\ncmd = x ${PORT}", {"a.settings.hang_timeout": 5}),
-    ("[llmswap]\nllama-server = /one\n[a]\nm = x", {"a.settings.llama_server": "/one"}),
-    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\n[a]\nm = x\n[b]\n"
-     "m = x\nllama-server = /3",
-     {"(a.settings.llama_server, b.settings.llama_server)": ("/two", "/3")}),
+    ("[llmswap]\nllama-server = /one\n[a]\ncmd = x ${PORT}\n[b]\nm = x", {
+        "(a.settings.hang_timeout, b.settings.hang_timeout)": (0, 60),
+        "b.settings.llama_server": "/one"}),
+    ("[llmswap]\nllama-server = /one\n[*]\nllama-server = /two\nhang-timeout = 5\n"
+     "[a]\ncmd = x ${PORT}\n[b]\nm = x\n[c]\nm = x\nllama-server = /3", {
+        "a.settings.hang_timeout": 5,
+        "(b.settings.llama_server, c.settings.llama_server)": ("/two", "/3")}),
     ("[llmswap]\nsets = coder + E, a+b\n[c,1]\nm = x\nalias = coder\n[e]\nm = x\n"
      "[f]\nuses = e\nalias = a\n[b]\nm = x\n",
      {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
@@ -1326,7 +1284,7 @@ def test_help_of_another_program_gives_no_table(text):
     ([], ["embedding = false", "host = h\nport = 1", "api-key = k\nmodels-max = 2",
           "ssl-cert-file = x\nlog-colors = on",
           "version = 3\ndedup-cache-models = on"]),
-    (["--no-kv-offload"], ["nkvo = 1"]), (["--no-cont-batching"], ["nocb = on"]),
+    (["--no-kv-offload"], ["nkvo = 1"]),
     (["--no-host"], ["no-host = true", "LLAMA_ARG_NO_HOST = on"]),
     (["--flash-attn", "true"], ["flash-attn = true"]),
     (["--flash-attn", "off"], ["fa = off"]),
@@ -1336,7 +1294,6 @@ def test_help_of_another_program_gives_no_table(text):
         "c=1", "ctx_size = 1", "--ctx-size = 1", "LLAMA_ARG_CTX_SIZE = 1",
         "ctx-size=1\nc=2\nLLAMA_ARG_CTX_SIZE=3"]),
     (["--temperature", "0"], ["temp = 0"]), (["--keep", "1"], ["keep = 1"]),
-    (["--parallel", "2"], ["LLAMA_ARG_N_PARALLEL = 2"]),
     (["--chat-template", ""], ["chat-template ="]),
     (["--hf-token", "t"], ["HF_TOKEN = t"]), (["--lora", "b"], ["lora=a\nlora=b"]),
     (["--no-mmproj-auto"], ["no-mmproj=1\nmmproj-auto=1"]),
@@ -1371,13 +1328,13 @@ def test_habits_of_a_shell_work_or_are_warned_of(
         assert all(f"understands {words}, " in each for each in config.warnings)
 
 
+NEITHER = "neither a key of llmswap nor an option of this llama-server"
+
+
 @pytest.mark.parametrize("line, reason", [
-    ("ctx-sise = 1", "neither a key of llmswap nor an option of this "
-                     "llama-server; did you mean ctx-size?"),
-    ("idle-timeuot = 1", "neither a key of llmswap nor an option of this "
-                         "llama-server; did you mean idle-timeout?"),
-    ("zzz = 1", "neither a key of llmswap nor an option of this llama-server"),
-    ("listen = x", "belongs in [llmswap]"),
+    ("ctx-sise = 1", f"{NEITHER}; did you mean ctx-size?"),
+    ("idle-timeuot = 1", f"{NEITHER}; did you mean idle-timeout?"),
+    ("zzz = 1", NEITHER), ("listen = x", "belongs in [llmswap]"),
 ])
 def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     config = read(tmp_path, f"[a]\nm = x\n{line}\n[b]\nm = y")
@@ -1392,12 +1349,8 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("section, reason", [
-    ("c = 1", "[a]: it has no source"), ("", "[a]: it has no source"),
+    ("c = 1", "[a]: it has no source"),
     ("m = x\nidle-timeout = soon", "[a] idle-timeout: 'soon' is not a duration such"),
-    ("m = x\nset-params = {", "[a] set-params: not JSON"),
-    ("m = x\nneeds = 8G", "[a] needs: "),
-    ("m = x\nneeds = vram 8G", "budget in [llmswap] does not name 'vram'"),
-    ("m = x\ndescription = ${env.NO}", "[a] description: ${env.NO} is unknown here"),
     ("m = x\ndescription = ${PORT}", "[a] description: ${PORT} is unknown here"),
     ("m = x\nenv.A = ${B}", "[a] env.A: ${B} is unknown here"),
     ("m = x\nextra-args = 'a", "[a] extra-args: No closing quotation"),
@@ -1415,35 +1368,19 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs in [llmswap]"),
     ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
-    ("unit =\nproxy = http://h", "[a] unit: it must not be empty"),
-    ("unit = x\nproxy = http://h:${PORT}", "[a] proxy: it needs proxy = URL, without"),
     ("proxy = http://h:${PORT}", "[a]: it has no source"),
     ("proxy = h:1", "[a] proxy: 'h:1' is not a URL"),
-    ("proxy = http://h\nwake-mca = x", "; did you mean wake-mac?"),
-    ("uses = nobody", "there is no model 'nobody' to use"),
     ("uses = a", "'a' itself uses another model"),
     ("uses = b\nidle-timeout = 1", "[a] idle-timeout: cannot stand beside uses"),
-    ("uses = b\nctx-size = 1", "[a] ctx-size: no key of llmswap; options of"),
     ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
     ("uses = c", "it uses 'c': m.ini:"), ("uses = ,", "[a] uses: it must not be empty"),
     ("uses = b, nobody", "there is no model 'nobody' to use"),
-    ("uses = b\npin = loaded", "[a] pin: cannot stand beside uses"),
 ])
 def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
     assert config.models["a"].problem.startswith("m.ini:")
     assert reason in config.models["a"].problem
     assert config.models["b"].problem is config.models["d"].problem is None
-
-
-@pytest.mark.parametrize("line", [
-    "m = x", "model = x", "hf = u/r", "hfr = u/r", "hf_repo = u/r", "mu = u", "dr = d",
-    "LLAMA_ARG_MODEL = x", "gpt-oss-20b-default = on", "fim-qwen-7b-spec = on",
-    "extra-args = -m x", "extra-args = --model=x", "env.LLAMA_ARG_HF_REPO = u/r",
-])
-def test_a_source_may_be_spelled_in_many_ways(tmp_path, line):
-    for text in (f"[a]\n{line}", f"[*]\n{line}\n[a]"):
-        assert read(tmp_path, text).models["a"].problem is None
 
 
 @pytest.mark.parametrize("text, warning", [
@@ -1469,7 +1406,6 @@ def test_surprises_are_warned_of_once(tmp_path, text, warning):
 
 @pytest.mark.parametrize("name, message", [
     ("codr", "there is no model 'codr'; did you mean coder? there are a, coder"),
-    ("zzz", "there is no model 'zzz'; there are a, coder"),
     ("gpt-4-mini",
      "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a, coder"),
 ])  # fmt: skip
@@ -1482,7 +1418,6 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
 @pytest.mark.parametrize("limits, a, b, misfit", [
     ("models-max = 2", "pin = on", "", None),
     ("models-max = 1", "pin = on", "", "beside the pinned a: models-max is 1"),
-    ("models-max = 1", "pin = on", "pin = on", "beside the pinned a: models-max is 1"),
     ("models-max = 0", "pin = on", "pin = on", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 4G", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 5G",
@@ -1494,7 +1429,6 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
     ("sets = a + c, b + c", "pin = on", "", "pinned a: none of sets has them together"),
     ("sets = a + c", "", "", None),
     ("models-max = 1", "pin = loaded", "pin = loaded", None),
-    ("models-max = 1", "pin = on", "pin = loaded", "the pinned a: models-max is 1"),
 ])
 def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, misfit):
     config = read(tmp_path, f"[llmswap]\n{limits}\n[a]\nm=x\n{a}\n[b]\nm=x\n{b}\n"
@@ -1572,44 +1506,19 @@ def test_every_gguf_in_models_dir_is_a_model(tmp_path, models_dir):
 
 # ---- The same argv as llama-server's router -----------------------------------------
 
-PRESET_ROUNDS = int(os.environ.get("PRESET_ROUNDS", "3"))  # of 300 sections each
+
+presets = load_tool("presets")
 
 
-def argvs_of_router(path, *options):
-    port = free_port()
-    environ = {name: value for name, value in os.environ.items()
-               if not name.startswith("LLAMA_ARG_")}
-    environ.update(HF_HOME=str(path.parent), LLAMA_CACHE=str(path.parent))
-    argv = [LLAMA_SERVER, "--models-preset", str(path), "--port", str(port), *options]
-    with open(path.with_suffix(".log"), "wb") as log:
-        router = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
-        try:
-            models = models_at(f"http://127.0.0.1:{port}/models", router)
-        finally:
-            router.kill()
-            router.wait()
-    assert models, path.with_suffix(".log").read_text()[-2000:]
-    return {model["id"]: model["status"]["args"] for model in models}
-
-
-def models_at(url, router):
-    while router.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                return json.load(answer)["data"]
-        except OSError:
-            time.sleep(0.01)
-
-
-@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
-@pytest.mark.parametrize("seed", range(PRESET_ROUNDS))
+@with_llama_server
+@pytest.mark.parametrize("seed", range(3))
 def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
     table = llmswap.options_of(LLAMA_SERVER)
     shared = {"alias"}  # llama.cpp knows the keys that llmswap shares with it
     assert {key.name for key in llmswap.MODEL_KEYS} & table.by_key.keys() == shared
     path = tmp_path / "models.ini"
-    path.write_bytes(load_tool("presets").RandomPreset(seed, table).text().encode())
-    theirs = argvs_of_router(path)
+    path.write_bytes(presets.RandomPreset(seed, table).text().encode())
+    theirs = presets.argvs_of_router(path)
     config = llmswap.load_config(path)
     ours = {name: config.resolve(name) for name in theirs}
     assert len({model.name for model in ours.values()}) == len(theirs)
@@ -1618,11 +1527,11 @@ def test_every_argv_is_that_of_llama_servers_router(tmp_path, seed):
         assert options(model, table) == list(expected)
 
 
-@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_SERVER names no llama-server")
+@with_llama_server
 def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
     path = tmp_path / "models.ini"
     path.write_text("[*]\nc = 1\n[top]\nngl = 2\n")
-    theirs = argvs_of_router(path, "--models-dir", str(models_dir))
+    theirs = presets.argvs_of_router(path, "--models-dir", str(models_dir))
     path.write_text(f"{path.read_text()}[llmswap]\nmodels-dir = {models_dir}\n")
     config = llmswap.load_config(path)
     assert set(config.models) == set(theirs)
@@ -1635,113 +1544,25 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 # 3  Scheduling
 # ==================================================================================
 
-# -- tables ------------------------------------------------------------------------
-
-
-VICTIMS = [
-    # what it shows; name: (last grant, in flight, size); room needed; the victims
-    ("nothing needed, nothing evicted", {"a": (1, 0, 1)}, 0, ""),
-    ("the least recently granted", {"a": (2, 0, 1), "b": (1, 0, 1)}, 1, "b"),
-    ("fewest first", {"a": (1, 0, 1), "b": (2, 0, 1), "c": (3, 0, 2)}, 2, "c"),
-    ("two idle before a busy one", {"a": (1, 1, 2), "b": (2, 0, 1), "c": (3, 0, 1)},
-     2, "bc"),
-    ("one busy, no needless idle one", {"a": (1, 1, 2), "b": (2, 0, 1)}, 2, "a"),
-    ("one busy beside the idle", {"a": (1, 1, 2), "b": (2, 0, 1)}, 3, "ab"),
-    ("fewest busy", {"a": (1, 1, 1), "b": (2, 1, 1), "c": (3, 2, 2)}, 2, "c"),
-    ("the oldest of equal pairs", {"a": (3, 0, 1), "b": (1, 0, 1), "c": (2, 0, 1)},
-     2, "bc"),
-    ("all together are not enough", {"a": (1, 0, 1), "b": (2, 1, 1)}, 3, None),
-    ("no candidates", {}, 1, None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("shows, models, needed, expected", VICTIMS)
-def test_victims(shows, models, needed, expected):
-    candidates = [
-        model_with(name, last_grant=last_grant, in_flight=in_flight, size=size)
-        for name, (last_grant, in_flight, size) in models.items()
-    ]
-    chosen = llmswap.choose_victims(candidates, lambda some: size_of(some) >= needed)
-    names = None if chosen is None else "".join(sorted(model.name for model in chosen))
-    assert names == expected, shows
-
-
-def model_with(name, size=0, **facts):
-    model = llmswap.ModelState(name, llmswap.ModelSpec(needs={"vram": size}))
-    for fact, value in facts.items():
-        setattr(model, fact, value)
-    return model
-
-
-def size_of(models):
-    return sum(model.spec.needs["vram"] for model in models)
-
-
-def test_many_candidates_are_chosen_from_in_bounded_steps_and_without_waste():
-    candidates = [model_with(f"m{i}", size=1, last_grant=i) for i in range(60)]
-    tries = []
-    chosen = llmswap.choose_victims(
-        candidates, lambda some: tries.append(1) or size_of(some) >= 30
-    )
-    assert chosen == set(candidates[:30])
-    assert len(tries) < 1000
-
-
-SETS = (frozenset("ab"), frozenset("bc"))
-ALLOWED = [
-    # limits; usages, as name or (name, places, vram); whether they fit together
-    (dict(models_max=1), "a", True),
-    (dict(models_max=1), "ab", False),
-    (dict(models_max=0), "abcdefgh", True),
-    (dict(models_max=1), ["a", ("remote", 0, 0)], True),
-    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 2)], True),
-    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("b", 1, 2)], False),
-    (dict(models_max=1, budget={"vram": 3}), [("a", 1, 1), ("b", 1, 1)], False),
-    (dict(models_max=0, budget={"vram": 3}), [("a", 1, 2), ("asleep", 0, 2)], False),
-    (dict(models_max=0, budget={"ram": 3}), [("a", 1, 9)], True),
-    (dict(models_max=0, sets=SETS), "ab", True),
-    (dict(models_max=0, sets=SETS), "ac", False),
-    (dict(models_max=0, sets=SETS), "d", True),
-    (dict(models_max=0, sets=SETS), "ad", False),
-    (dict(models_max=0, sets=SETS), ["a", "b", ("asleep", 0, 1)], True),
-]
-
-
-@pytest.mark.parametrize("limits, held, expected", ALLOWED)
-def test_limits_allow(limits, held, expected):
-    rows = [(each, 1, 0) if isinstance(each, str) else each for each in held]
-    usages = [
-        llmswap.ModelUsage(name, places, {"vram": vram} if vram else {})
-        for name, places, vram in rows
-    ]
-    assert llmswap.Limits(**limits).allow(usages) is expected
-
 
 @pytest.mark.parametrize("pauses, cost, expected", [
     ([], 1.0, 0.005), ([0.1, 5.0], 1.0, 0.2), ([0.1, 5.0, 5.0], 1.0, 0.005),
     ([0.25], 1.0, 0.005), ([0.25], 2.0, 0.5), ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
 ])  # fmt: skip
 def test_return_gap(pauses, cost, expected):
-    model = model_with("a")
+    model = llmswap.ModelState("a", llmswap.ModelSpec())
     model.pauses.extend(pauses)
     assert model.return_gap(cost) == expected
 
 
 # -- stories -----------------------------------------------------------------------
 
-# A title, the models with their specs and the limits, and the events: when, what, and
-# the decisions that follow. "next 15" is the next deadline; "+" before an event: no
-# decision is asked for after it. Tickets are numbered from 1. `serve` loads the model
-# if need be, in no time, and serves one request; `busy` leaves that request in flight.
+# A title, the models with their specs and the limits if they are not two plain ones,
+# and the events: when, what, and the decisions that follow. "next 15" is the next
+# deadline; "+" before an event: no decision is asked for after it. Tickets are numbered
+# from 1. `serve` loads the model if need be, in no time, and serves one request; `busy`
+# leaves that request in flight.
 STORIES = """
-A model with a new ticket serves it even if no time has passed since its last grant
-    a b | patience=0 models_max=2
-    0    serve a 0
-    0    exited a
-    0    ask a           -> start a
-    0    +loaded a
-    0    wait            -> grant 2
-
 A model with a waiting ticket counts as busy
     a b c | models_max=2 patience=0
     0    serve a 1
@@ -1778,7 +1599,6 @@ A ticket joins a load that its first client left, and is served in strict order
     4    end 3           -> evicted a for b
 
 A sleeping backend can crash, which is no measured stop
-    a b
     0    serve a 1
     2    slept a
     3    crashed a
@@ -1832,7 +1652,6 @@ Waking is a start
     22   loaded a        -> grant 3
 
 The load time of an adopted model is not measured
-    a b
     0    adopted a
     9    loaded a
     9    busy a
@@ -1918,12 +1737,34 @@ Victims that drain stay chosen
     4    ask a
     5    end 1           -> evicted a for c
 
+Beside a busy victim only those idle ones go that must
+    a(needs=2) b(needs=1) c(needs=1) d(needs=3) | models_max=0 budget=4 patience=0
+    0    serve b 0
+    1    serve c 1
+    2    busy a
+    9    ask d           -> evicted b for d
+    9    end 3           -> evicted a for d
+
 Victims serve again when the ticket times out
     a b | patience=0 queue_timeout=5
     0    busy a
     1    ask b           ; next 6
     6    end 1           -> refuse 2: queue_timeout
     6    ask a           -> grant 3
+
+Sets load together, beside what sleeps, and other models alone
+    a b c d s(sleeps) | models_max=0 budget=20 sets=ab,bc
+    0    serve s 0
+    1    ask a           -> sleep s for a
+    1    slept s         -> start a
+    1    loaded a        -> grant 2
+    1    end 2
+    9    serve b 9
+    20   ask c           -> evicted a for c
+    21   exited a        -> start c
+    21   loaded c        -> grant 4
+    21   end 4
+    30   ask d           -> evicted b for d, evicted c for d
 
 A victim serves on if the newcomer got its room from another
     a b c | models_max=2 patience=0
@@ -1956,7 +1797,6 @@ A busy victim serves new requests until patience ends
     17   end 3           -> evicted a for b
 
 The cost of a swap includes the stop
-    a b
     0    ask a           -> start a
     1    loaded a        -> grant 1
     2    end 1
@@ -1969,15 +1809,7 @@ The cost of a swap includes the stop
     21.25 loaded a       -> grant 3
     30   ask b           ; next 32.25
 
-A victim silent for its return gap drains before patience ends
-    a b | patience=5
-    0    busy a
-    1    ask b           ; next 6
-    2    end 1           ; next 2.005
-    2.005 wait           -> evicted a for b
-
 A pause is learned, across loads, and begins when the last client has left
-    a b
     0    ask a           -> start a
     1    end 1
     1.1  loaded a
@@ -1988,8 +1820,19 @@ A pause is learned, across loads, and begins when the last client has left
     2.3  ask b
     2.3  end 3           ; next 2.7
 
+A pause begins when the last of several requests ends
+    0    ask a           -> start a
+    0    ask a
+    8    loaded a        -> grant 1, grant 2
+    9    end 1
+    10.5 ask a           -> grant 3
+    11   end 2
+    11   end 3
+    12   ask a           -> grant 4
+    12   ask b
+    13   end 4           ; next 15
+
 A client that alternates between two models teaches no return gap
-    a b
     0    ask a           -> start a
     8    loaded a        -> grant 1
     8    end 1
@@ -2002,12 +1845,6 @@ A client that alternates between two models teaches no return gap
     17   loaded a        -> grant 3
     17.1 ask b
     17.2 end 3           ; next 17.205
-
-A younger ticket may pass one that it does not delay
-    a(needs=6) b(needs=6) x(needs=1) | models_max=0 budget=8
-    0    busy a
-    0    ask b
-    0    ask x           -> start x
 
 A model that takes no room never waits for any
     a b c r(is_local=0)
@@ -2025,21 +1862,16 @@ Idle time counts from readiness
 
 A successful load resets the back-off, and so does a load by hand
     a
-    0    fail a
-    0    fail a
+    0    fail a 2
     0    serve a 1
     1    exited a
-    2    fail a
-    2    fail a
-    2    fail a
+    2    fail a 3
     2.5  ask a           -> refuse 7: model_backing_off
     2.5  ask a manual    -> start a
 
 A model on another machine is not backed off
     r(is_local=0)
-    0    fail r
-    0    fail r
-    0    fail r
+    0    fail r 3
     0    ask r           -> start r
 
 keep-alive 0 unloads once nothing is in flight or waiting
@@ -2051,7 +1883,6 @@ keep-alive 0 unloads once nothing is in flight or waiting
     3    end 2           -> idle a
 
 A preemptible lease is not drained for
-    a b
     0    serve a 1
     1    ask a preemptible -> grant 2
     9    ask b           -> evicted a for b
@@ -2067,10 +1898,8 @@ Unload by hand gives requests in flight their stop-timeout, once
 
 A reload resets the back-off of a changed model
     a
-    0    fail a
-    0    fail a
-    0    fail a
-    0    fail a          -> refuse 4: model_backing_off
+    0    fail a 3
+    0    ask a           -> refuse 4: model_backing_off
     0    reload a changed a
     0    ask a           -> start a
     0    exited a broken -> refuse 5: model_start_failed
@@ -2157,14 +1986,13 @@ class Story:
         self._end(float(end), len(self.tickets))
         return words + self.decide(float(end))[0]
 
-    def _fail(self, now, name):
-        self._ask(now, name)
-        words, _ = self.decide(now)
-        if words != [f"start {name}"]:
-            return words
-        self._report(now, "exited", name, "broken")
-        refusal = f"refuse {len(self.tickets)}: model_start_failed"
-        assert self.decide(now)[0] == [refusal]
+    def _fail(self, now, name, times=1):
+        for _ in range(int(times)):
+            self._ask(now, name)
+            assert self.decide(now)[0] == [f"start {name}"]
+            self._report(now, "exited", name, "broken")
+            refusal = f"refuse {len(self.tickets)}: model_start_failed"
+            assert self.decide(now)[0] == [refusal]
         return []
 
     def _report(self, now, event, name, *failure):
@@ -2209,6 +2037,8 @@ def values_of(text):
     for key, value in values.items():
         if key in ("needs", "sleep_needs", "budget"):
             values[key] = {"vram": int(value)}
+        elif key == "sets":
+            values[key] = tuple(map(frozenset, value.split(",")))
         else:
             values[key] = float(value)
     return values
@@ -2217,48 +2047,25 @@ def values_of(text):
 walk = load_tool("walk")
 BROKEN, STARVED, in_words = walk.BROKEN, walk.STARVED, walk.in_words
 World = walk.World
-STORY_LINE = re.compile(r"([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
-
-
-def test_a_pause_begins_when_the_last_of_several_requests_ends():
-    scheduler = llmswap.Scheduler(llmswap.Limits(), {"a": llmswap.ModelSpec()})
-    tickets = [scheduler.submit("a", 0.0) for _ in range(2)]
-    [start], _ = scheduler.decide(0.0)
-    scheduler.loaded("a", start.run, 1.0)
-    assert len(scheduler.decide(1.0)[0]) == 2
-    scheduler.finish(tickets[0], 2.0)
-    tickets.append(scheduler.submit("a", 3.0))
-    scheduler.decide(3.0)
-    for ticket in tickets[1:]:
-        scheduler.finish(ticket, 4.0)
-    scheduler.submit("a", 5.5)
-    assert list(scheduler.models["a"].pauses) == [1.5]
+STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 
 
 def test_a_refusal_names_only_the_pins_that_are_in_the_way():
-    specs = {
-        "embed": llmswap.ModelSpec({"m": 1}, is_pinned=True),
-        "big": llmswap.ModelSpec({"m": 20}, is_pinned_once_loaded=True),
-        "c": llmswap.ModelSpec({"m": 8}),
-    }
-    scheduler = llmswap.Scheduler(llmswap.Limits(0, {"m": 24}), specs)
-    for name in ("embed", "big"):
-        scheduler.submit(name, 0.0, manual=True)
-        [start], _ = scheduler.decide(0.0)
-        scheduler.loaded(name, start.run, 0.0)
-        scheduler.decide(0.0)
-    scheduler.submit("c", 1.0)
-    [refusal], _ = scheduler.decide(1.0)
+    pinned = "embed(needs=1,is_pinned=1) big(needs=20,is_pinned_once_loaded=1)"
+    stage = Story(f"{pinned} c(needs=8) | models_max=0 budget=24")
+    stage.tell(0, "serve embed 0")
+    stage.tell(0, "serve big 0")
+    stage.core.submit("c", 1.0)
+    [refusal], _ = stage.core.decide(1.0)
     assert "beside the pinned big: unload" in str(refusal.problem)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
 def test_story(story):
-    title, setting, *lines = story.splitlines()
-    stage = Story(setting)
+    title, *lines = story.splitlines()
+    stage = Story("a b" if STORY_LINE.fullmatch(lines[0]) else lines.pop(0))
     for line in lines:
-        event, expected, deadline = STORY_LINE.fullmatch(line).groups("")
-        now, text = event.split(None, 1)
+        now, text, expected, deadline = STORY_LINE.fullmatch(line).groups("")
         words, moment = stage.tell(now, text.strip())
         assert ", ".join(words) == expected.strip(), f"{title}: {line}"
         if deadline:
@@ -2280,31 +2087,20 @@ def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
     assert str(BROKEN) in str(refusal.problem)
 
 
-# -- the world outside: clients in closed loops --------------------------------------
+def ask_in_a_loop(world, name, requests, thinking, served):
+    """Ask, wait, be served, think, and ask again, so many times."""
 
+    def ask(left):
+        ticket = world.scheduler.submit(name, world.now)
+        ticket.waiter = lambda _: world.after(0.05, finish, ticket, left - 1)
 
-class LoopClient:
-    """Asks, waits, is served, thinks, and asks again, so many times."""
+    def finish(ticket, left):
+        served.append(name)
+        world.scheduler.finish(ticket, world.now)
+        if left:
+            world.after(thinking, ask, left)
 
-    def __init__(self, world, name, requests, thinking, begins):
-        self.world, self.name, self.left = world, name, requests
-        self.thinking, self.served = thinking, 0
-        world.after(begins, self._ask)
-
-    def _ask(self):
-        self.left -= 1
-        ticket = self.world.scheduler.submit(self.name, self.world.now)
-        ticket.waiter = self._served
-
-    def _served(self, grant):
-        self.served += 1
-        seconds = self.world.seconds("request", self.name)
-        self.world.after(seconds, self._done, grant.ticket)
-
-    def _done(self, ticket):
-        self.world.scheduler.finish(ticket, self.world.now)
-        if self.left:
-            self.world.after(self.thinking, self._ask)
+    ask(requests)
 
 
 @pytest.mark.parametrize("thinking, clients, requests, most", [
@@ -2314,93 +2110,67 @@ def test_two_groups_of_clients_in_closed_loops_need_few_loads(
     thinking, clients, requests, most
 ):
     specs = {name: llmswap.ModelSpec() for name in "ab"}
-    takes = {"load": 0.5, "stop": 0.02, "request": 0.05}
+    takes, served = {"load": 0.5, "stop": 0.02}, []
     scheduler = llmswap.Scheduler(llmswap.Limits(), specs)
     world = World(scheduler, lambda what, name: takes[what])
-    group = [
-        LoopClient(world, name, requests, thinking, begins=i / 100)
-        for i, name in enumerate("ab" * clients)
-    ]
+    for i, name in enumerate("ab" * clients):
+        client = ask_in_a_loop, world, name, requests, thinking, served
+        world.after(i / 100, *client)
     while world.next_moment() < math.inf:
         world.now = max(world.now, world.next_moment())
         world.run_agenda()
         world.turn()
-    assert all(client.served == requests for client in group)
+    assert Counter(served) == dict.fromkeys("ab", clients * requests)
     assert world.starts <= most
 
 
-# -- speed ---------------------------------------------------------------------------
+def crowded_stage(models, loaded, more=""):
+    """Models m0, m1, ... that need 1 each; the first are busy and fill all room."""
+    specs = " ".join(f"m{i}(needs=1)" for i in range(models))
+    stage = Story(f"{specs} {more} | models_max=0 budget={loaded} queue_max=0")
+    for i in range(loaded):
+        stage.tell(i, f"busy m{i}")
+    return stage
 
 
-def calls_of_a_decision(limits, tickets, models=500, loaded=20):
-    """How many Python calls it takes to decide nothing, everybody waiting for room."""
-    names = [f"m{i}" for i in range(models)]
-    specs = {name: llmswap.ModelSpec(needs={"vram": 1}) for name in names}
-    core = llmswap.Scheduler(llmswap.Limits(**limits, queue_max=0), specs)
-    for name in names[:loaded]:
-        core.submit(name, 0.0)
-        core.decide(0.0)
-        core.loaded(name, core.models[name].run, 0.0)
-        core.decide(0.0)
-    for name in itertools.islice(itertools.cycle(names[loaded:]), tickets):
-        core.submit(name, 0.0)
-    core.decide(0.1)
+def decide_and_count(stage, now):
+    """The decisions, and how many Python calls they took."""
     calls = []
     sys.setprofile(lambda frame, event, what: event == "call" and calls.append(1))
-    core.decide(0.2)
+    words, _ = stage.decide(now)
     sys.setprofile(None)
-    assert core.queued == tickets
-    return len(calls)
+    return words, len(calls)
 
 
-@pytest.mark.parametrize(
-    "limits", [dict(models_max=20), dict(models_max=0, budget={"vram": 20})]
-)
-def test_a_decision_takes_time_in_proportion_to_the_queue(limits):
-    some, twice = (calls_of_a_decision(limits, tickets) for tickets in (500, 1000))
-    assert twice < 2.5 * some
-    assert some < 20_000
+def test_a_decision_takes_time_in_proportion_to_the_queue():
+    stage, counts = crowded_stage(models=500, loaded=20), []
+    for i in range(1000):
+        stage.tell(20, f"+ask m{20 + i % 480}")
+        if i in (499, 999):
+            stage.decide(20)
+            words, count = decide_and_count(stage, 20.1)
+            assert words == [] and stage.core.queued == i + 1
+            counts.append(count)
+    assert counts[1] < 2.5 * counts[0] < 2.5 * 20_000
 
 
-# -- the random walk -----------------------------------------------------------------
-
-
-WALK_SECONDS = float(os.environ.get("WALK_SECONDS", 2))
-WALK_SEED = int(os.environ.get("WALK_SEED", 1))
-
-
-def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
-    names = [f"m{i}" for i in range(100)]
-    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
-    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
-    core, seconds = llmswap.Scheduler(limits, specs), []
-    for now, name in enumerate(names * 3):
-        core.submit(name, float(now))
-        began = time.thread_time()
-        decisions, _ = core.decide(float(now))
-        seconds.append(time.thread_time() - began)
-        for decision in decisions:
-            if isinstance(decision, llmswap.Start):
-                core.loaded(decision.name, decision.run, float(now))
-                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
-            elif isinstance(decision, llmswap.Stop):
-                core.exited(decision.name, decision.run, float(now))
-            elif isinstance(decision, llmswap.Grant):
-                core.finish(decision.ticket, float(now))
-    assert len(core.held) > 3
-    assert statistics.median(seconds) < 0.01
+def test_many_victims_are_chosen_in_bounded_steps_and_without_waste():
+    stage = crowded_stage(models=60, loaded=60, more="new(needs=30)")
+    for i in range(60):
+        stage.tell(60, f"end {i + 1}")
+    stage.tell(99, "+ask new")
+    words, count = decide_and_count(stage, 99)
+    assert words == [f"evicted m{i} for new" for i in range(30)]
+    assert count < 200_000
 
 
 @pytest.mark.parametrize("is_calm", [False, True])
 def test_a_random_walk_over_all_events(is_calm):
-    ends = time.monotonic() + WALK_SECONDS / 2
-    for seed in itertools.count(WALK_SEED):
+    for seed in range(30):
         try:
             walk.Walk(seed, is_calm).run(steps=150)
         except Exception as error:
             raise AssertionError(f"seed {seed}, is_calm={is_calm}") from error
-        if time.monotonic() > ends:
-            return
 
 
 # ==================================================================================
@@ -3617,7 +3387,7 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
 
 
 def test_output_that_cannot_be_written_is_an_error():
-    keys, null = [sys.executable, LLMSWAP, "--keys"], subprocess.DEVNULL
+    keys, null = [sys.executable, llmswap_file(), "--keys"], subprocess.DEVNULL
     with open("/dev/full", "w") as full:
         assert subprocess.run(keys, stdout=full, stderr=null).returncode == 1
 
@@ -6527,7 +6297,7 @@ def test_without_descriptors_nothing_spins_and_all_is_well_afterwards():
 
 def test_a_second_of_fuzz_finds_nothing():
     pytest.importorskip("h11")
-    assert run_tool("fuzz", "--parser 1000 --wire 400 --seed 1".split()) == 0
+    assert load_tool("fuzz").fuzz_main("--parser 1000 --wire 400 --seed 1".split()) == 0
 
 
 # ==================================================================================
@@ -7426,7 +7196,7 @@ def alike(line):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
-    readme, port = readme_text(), free_port()
+    readme, port = README.read_text(), free_port()
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
     commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
@@ -10140,27 +9910,20 @@ def test_a_killed_real_model_is_loaded_again_and_gone_soon_after_llmswap_is(tmp_
 # ==================================================================================
 
 explore = load_tool("explore")
-EXPLORED = [(name, 2, 1) for name in explore.SMALL_WORLDS]
 
 
-@pytest.mark.parametrize("name, tickets, faults", EXPLORED)
-def test_every_order_of_events_in_a_small_world_keeps_all_promises(
-    name, tickets, faults
-):
-    followers, stories = explore.explore(name, tickets, faults)
+@pytest.mark.parametrize("name", explore.SMALL_WORLDS)
+def test_every_order_of_events_in_a_small_world_keeps_all_promises(name):
+    followers, stories = explore.explore(name, tickets=2, faults=1)
     assert len(followers) > 50
-    degrees = Counter(each for those in followers for each in those)
-    ended = [number for number in range(len(followers)) if not degrees[number]]
-    for number in ended:  # grows: what only these led to is no circle either
-        assert followers[number] or not stories[number], stories[number]
-        for follower in followers[number]:
-            degrees[follower] -= 1
-            if not degrees[follower]:
-                ended.append(follower)
-    circle = set(range(len(followers))) - set(ended)
-    for number in circle:
-        leads_on = circle & set(followers[number])
-        assert not (stories[number] and leads_on), f"goes round\n{stories[number]}"
+    waiting = {number for number, story in enumerate(stories) if story}
+    for number in waiting:
+        assert followers[number], stories[number]
+    graph = {number: waiting.intersection(followers[number]) for number in waiting}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"goes round\n{stories[error.args[1][0]]}") from None
 
 
 # ==================================================================================
@@ -10168,14 +9931,10 @@ def test_every_order_of_events_in_a_small_world_keeps_all_promises(
 # ==================================================================================
 
 
-FAULTS_SEED = os.environ.get("FAULTS_SEED", "1")
-
-
 def test_faults_at_every_moment_do_what_the_table_says():
     """Some of them; the command `faults` goes through all."""
     faults = load_tool("faults")
-    names = random.Random(FAULTS_SEED).sample(sorted(faults.FAULTS), 3)
-    assert faults.faults_main(names) == 0
+    assert faults.faults_main(["machine sleeps", "rubbish", "SIGKILL"]) == 0
     for fault in faults.FAULTS:
         assert all(len(row) == 5 for row in faults.expected_rows(fault))
     lines = faults.FAULT_TABLE.splitlines()
@@ -10183,17 +9942,12 @@ def test_faults_at_every_moment_do_what_the_table_says():
     assert names == {*faults.FAULTS, "fault"}
 
 
-HANGS = [
-    "m hung: neither",
-    "m (m.service) hung: neither",
-    "it does not answer any more",
-]
-
-
-@pytest.mark.parametrize("kind, said", [*zip(("cmd", "unit", "remote"), HANGS)])
-def test_a_hung_backend_is_restarted_unless_tokens_flow(
-    units, machine, kind, said
-):
+@pytest.mark.parametrize("kind, said", [
+    ("cmd", "m hung: neither"),
+    ("unit", "m (m.service) hung: neither"),
+    ("remote", "it does not answer any more"),
+])
+def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, said):
     units.add("m", port=machine.port)
     sources = {"cmd": "cmd = FAKE", "unit": "unit = m.service", "remote": ""}
     proxy = "" if kind == "cmd" else f"proxy = http://127.0.0.1:{machine.port}"
@@ -10222,24 +9976,10 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(
 # ==================================================================================
 
 
-def run_tool(name, argv):
-    """Run a tool of the folder .ci with these arguments; its exit status."""
-    return getattr(load_tool(name), f"{name}_main")(argv)
-
-
-COMMANDS = {
-    "bench": functools.partial(run_tool, "bench"),
-    "soak": functools.partial(run_tool, "soak"),
-    "fuzz": functools.partial(run_tool, "fuzz"),
-    "pictures": functools.partial(run_tool, "pictures"),
-    "faults": functools.partial(run_tool, "faults"),
-}
-
-
 def main(argv):
     """Be what the first argument says; the exit status."""
-    if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
+    if argv and argv[0] in ("bench", "soak", "fuzz", "pictures", "faults"):
+        return getattr(load_tool(argv[0]), f"{argv[0]}_main")(argv[1:])
     print(__doc__)
     return 2
 

@@ -297,9 +297,10 @@ def explore(name, tickets, faults):
     stack = [(0, start)]
     while stack:
         number, state = stack.pop()
-        frozen = pickle.dumps(state, -1)
-        for event, is_due in state.events():
-            twin = pickle.loads(frozen)
+        events = list(state.events())
+        frozen = pickle.dumps(state, -1) if len(events) > 1 else None
+        twins = [state, *(pickle.loads(frozen) for _ in events[1:])]
+        for (event, is_due), twin in zip(events, twins):
             twin.do(event)
             found = numbers.setdefault(twin.key(), len(numbers))
             if found == len(followers):

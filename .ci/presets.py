@@ -1,6 +1,11 @@
-"""Random files for llama-server and llmswap, with as many traps as fit."""
+"""Random files for llama-server and llmswap, with as many traps as fit, and what
+llama-server's router makes of a file."""
 
+import os
 import random
+import subprocess
+
+from test_llmswap import LLAMA_SERVER, ask, eventually, free_port, is_listening
 
 TRAPS = [
     "1", "0", "on", "off", "true", "false", "enabled", "disabled", "True", "OFF", "no",
@@ -69,3 +74,21 @@ class RandomPreset:
             value = self.chance.choice(["yes", "x", "", "off", "7", "soon # no"])
         gap = [self.chance.choice(["", " ", "\t", "  "]) for _ in range(3)]
         return f"{key}{gap[0]}={gap[1]}{value}{gap[2]}"
+
+
+def argvs_of_router(path, *options):
+    """{id: argv} of the models that llama-server's router makes of the file."""
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items()
+               if not name.startswith("LLAMA_ARG_")}
+    environ.update(HF_HOME=str(path.parent), LLAMA_CACHE=str(path.parent))
+    argv = [LLAMA_SERVER, "--models-preset", str(path), "--port", str(port), *options]
+    with open(path.with_suffix(".log"), "wb") as log:
+        router = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
+    try:
+        models = eventually(lambda: is_listening(port) and ask(
+            port, "GET", "/models").json().get("data"))
+    finally:
+        router.kill()
+        router.wait()
+    return {model["id"]: model["status"]["args"] for model in models}
