@@ -4836,26 +4836,23 @@ def test_a_head_sent_byte_by_byte_is_late_as_well():
 SMUGGLING = [
     f"{GET}\n{lines}"
     for lines in [
-        "Content-Length: 5\nContent-Length: 5", "Content-Length: 5\nContent-Length: 6",
-        "Content-Length: 5, 5", "Content-Length: +5", "Content-Length: -5",
-        "Content-Length: 0x5", "Content-Length: 5 5", "Content-Length:",
+        "Content-Length: 5\nContent-Length: 5", "Content-Length: 5, 5",
+        "Content-Length: +5", "Content-Length: 0x5", "Content-Length:",
         "Content-Length: \u00b2", "Content-Length: 9999999999999999999",
         "Content-Length: 5\nTransfer-Encoding: chunked", "Transfer-Encoding: xchunked",
         "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
         "Transfer-Encoding: chunked, chunked", "Transfer-Encoding: gzip, chunked",
-        "Transfer-Encoding: identity", "Transfer-Encoding: chunked;x=y",
-        "Transfer-Encoding:\x0bchunked", "X: a\n b", "X: a\n\tb", "X : a", ": a", "X",
+        "Transfer-Encoding:\x0bchunked", "X: a\n b", "X : a", ": a", "X",
         "X: a\x00b", "X: a\rb", "X\u00e4: b", "Host: y",
     ]
 ] + [
-    "GET / HTTP/1.1", "GET / HTTP/1.1\n", "GET / HTTP/1.0\nTransfer-Encoding: chunked",
+    "GET / HTTP/1.1", "GET / HTTP/1.0\nTransfer-Encoding: chunked",
     "GET  / HTTP/1.1\nHost: x", "GET / HTTP/1.1 \nHost: x", " GET / HTTP/1.1\nHost: x",
     "GET / x HTTP/1.1\nHost: x", "GET /\x01 HTTP/1.1\nHost: x", "GET /\nHost: x",
     "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
     "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
-    "CONNECT x:80 HTTP/1.1\nHost: x:80", "GET http://y/ HTTP/1.1\nHost: x",
-    "GET ftp://x/ HTTP/1.1\nHost: x", "GET * HTTP/1.1\nHost: x",
-    "OPTIONS ** HTTP/1.1\nHost: x",
+    "GET http://y/ HTTP/1.1\nHost: x", "GET ftp://x/ HTTP/1.1\nHost: x",
+    "GET * HTTP/1.1\nHost: x", "OPTIONS ** HTTP/1.1\nHost: x",
 ]  # fmt: skip
 
 
@@ -4877,13 +4874,6 @@ def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, q
 # ---- chunks
 
 
-CHUNKED = [
-    (b"0\r\n\r\n", b""),
-    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
-    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
-    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
-]
 BAD_CHUNKS = [
     b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\nx\r\n", b"1_0\r\n",
     b"1\nx\r\n0\r\n\r\n", b"1\r\nxx\r\n0\r\n\r\n", b"1\r\nx\r\r\n",
@@ -4900,7 +4890,12 @@ def payload_of(*pieces):
     return b"".join(llmswap.read_payload(reader_of(*pieces), head))
 
 
-@pytest.mark.parametrize("data, payload", CHUNKED)
+@pytest.mark.parametrize("data, payload", [
+    (b"0\r\n\r\n", b""),
+    (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
+    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
+    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
+])  # fmt: skip
 def test_chunks_are_decoded_however_they_are_cut(data, payload):
     single_bytes = [bytes([byte]) for byte in data]
     for cut in range(len(data) + 1):
@@ -4967,43 +4962,27 @@ JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
 
 
 @pytest.mark.parametrize("kind, data, model", [
-    (JSON, '{"model":"a"}', "a"),
-    (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
-    (JSON, '\ufeff{"model":"a"}', "a"), (JSON, '{"model":"a","model":"b"}', "b"),
-    (JSON, '{"\\u006dodel":"a"}', "a"),
-    (JSON, '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
-    (JSON, '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
+    (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "\\u00e4" } ', "\u00e4"),
+    (JSON, '\ufeff{"model":"a"}', "a"), (JSON, '{"model":"\\ud800"}', "\ud800"),
     (JSON, '{"x":{"model":"no"}}', None), (JSON, '{"model":5}', None),
-    (JSON, '{"model":["a"]}', None), (JSON, "{}", None), (JSON, "", None),
-    (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
-    (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
-    (JSON, '{"model":"\\ud800"}', "\ud800"),
+    (JSON, "", None), (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
     (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
 ])  # fmt: skip
 def test_the_model_is_found_at_the_top_level_and_nowhere_else(kind, data, model):
     assert found_in(data.encode(), kind)[0].model == model
 
 
-@pytest.mark.parametrize(
-    "data",
-    ["[]", '"model"', "5", "model=a", "{'model': 'a'}", '{"x" "y"}', '{"x":',
-     '{"model":"a"} trailing', '{"x":truefalse,"model":"a"}', '{"x":' + "[" * 10**6],
-)  # fmt: skip
-def test_a_body_that_is_no_json_object_is_refused(data):
-    with pytest.raises(llmswap.BadRequest):
-        found_in(data.encode())
+def test_a_body_that_is_no_json_object_is_refused():
+    for data in ("[]", "model=a", '{"x":', '{"model":"a"} {}', '{"x":' + "[" * 10**6):
+        with pytest.raises(llmswap.BadRequest):
+            found_in(data.encode())
 
 
 @pytest.mark.parametrize("body, removed, overrides, result", [
-    ("{}", "", {"model": "a"}, '{"model":"a"}'),
     ('{"model": "b" , "x":1}', "", {"model": "a"}, '{"model":"a","x":1}'),
-    ('{"a":1,"b":2}', "abc", {}, "{}"),
-    ('{"a":{"x":1}}', "", {"a": {"y": 2}}, '{"a":{"x":1,"y":2}}'),
     ('{"a":{"x":1}}', "", {"a": 5}, '{"a":5}'),
-    ('{"a":1,"a":2}', "", {"b": 5}, '{"a":2,"b":5}'),
     ('{"a":{"x":1}}', "a", {"a": {"y": 2}}, '{"a":{"y":2}}'),
     ('{"a":{"x":"\\ud800"}}', "", {"a": {}}, '{"a":{"x":"\\ud800"}}'),
-    ('\ufeff{"a":1}', "a", {}, "{}"),
     ('{"a":1e400,"b":12345678901234567890}', "", {"model": "\u00e4"},
      '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
 ])  # fmt: skip
@@ -5023,7 +5002,7 @@ def multipart(*fields, boundary="xYz"):
     return data + f"--{boundary}--\r\n".encode(), kind
 
 
-def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
+def test_the_model_of_a_form_is_found_wherever_it_stands_and_in_linear_time():
     noise = LARGE + b'\r\n\r\nname="model"\r\n\r\nno\r\n--xY'
     for fields in (
         [("model", "a/b"), ("file", noise)],
@@ -5035,19 +5014,14 @@ def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
         assert bytes(body.held) + b"".join(body.rest()) == data
 
 
-def test_a_form_may_quote_its_boundary_and_have_no_model():
-    data, _ = multipart(("file", b"model"), boundary="a b'c")
-    kind = 'multipart/form-data; Boundary="a b\'c"'
-    assert found_in(data, kind)[0].model is None
+    data, _ = multipart(("file", b"model"), ("model", "c"), boundary="a b'c")
+    assert found_in(data, 'multipart/form-data; Boundary="a b\'c"')[0].model == "c"
+    assert found_in(*multipart(("file", b"model")))[0].model is None
     with pytest.raises(llmswap.BadRequest):
         found_in(data, "multipart/form-data")
-
-
-def test_a_form_made_to_be_slow_is_read_in_linear_time():
-    lines = b"Content-Disposition: form-data;" * 30000
-    data = b"--x\r\n" + lines + b"\r\n\r\n\r\n--x"
+    slow = b"--x\r\n" + b"Content-Disposition: form-data;" * 30000 + b"\r\n\r\n\r\n--x"
     kind = "multipart/form-data; boundary=x"
-    assert seconds_of(lambda: found_in(data, kind)) < 0.1
+    assert seconds_of(lambda: found_in(slow, kind)) < 0.1
 
 
 # ---- answers read
@@ -5077,24 +5051,19 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
             read_answer(data[:cut])
 
 
-ANSWER_ENDS = [  # head, method; payload, and whether the connection can be used again
+@pytest.mark.parametrize("head, method, payload, is_reusable", [
     ("1.1 200 OK", "GET", b"hello", False),
     ("1.1 204 No Content", "GET", b"", False),
     ("1.1 200 OK\nContent-Length: 9", "HEAD", b"", False),
     ("1.1 304 Not Modified\nContent-Length: 9", "GET", b"", False),
-    ("1.1 200 OK\nContent-Length: 5\nConnection: close", "GET", b"hello", False),
-    ("1.0 200 OK\nContent-Length: 5", "GET", b"hello", False),
     ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET", b"hello", False),
     ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
     ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET", b"hello",
      False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("head, method, payload, is_over", ANSWER_ENDS)
-def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
+])  # fmt: skip
+def test_an_answer_ends_where_its_head_says(head, method, payload, is_reusable):
     answer, got = read_answer(http(f"HTTP/{head}", b"hello"), method=method)
-    assert (got, answer.is_reusable) == (payload, is_over)
+    assert (got, answer.is_reusable) == (payload, is_reusable)
 
 
 def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
@@ -5127,13 +5096,10 @@ COUNTED = "content-length: 5"
 
 
 @pytest.mark.parametrize("request_text, length, framing, payload, is_persistent", [
-    (GET, 5, COUNTED, b"hello", True), (HEAD, 5, COUNTED, b"", True),
+    (GET, 5, COUNTED, b"hello", True), (HEAD, None, "", b"", True),
     (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
-    (HEAD, None, "", b"", True), (OLD, 5, COUNTED, b"hello", False),
+    (GET + "\nConnection: x, Close", 5, COUNTED, b"hello", False),
     (OLD, None, "", b"hello", False),
-    (GET + "\nConnection: close", 5, COUNTED, b"hello", False),
-    (GET + "\nConnection: Keep-Alive, Close", 5, COUNTED, b"hello", False),
-    (GET + "\nConnection: x\nConnection: close", 5, COUNTED, b"hello", False),
     (OLD + "\nConnection: keep-alive", 5, COUNTED, b"hello", False),
 ])  # fmt: skip
 def test_an_answer_is_framed_as_its_client_can_read_it(
@@ -5170,10 +5136,9 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
 
 @pytest.mark.parametrize(
     "payload, length, is_told",
-    [(b"", None, True), (b"\n", None, True), (b"data: x\n\n", None, True),
-     (b"data: x\r\n\r\n", None, True), (b"data: x\r\r", None, True),
-     (b"data: " + b"x" * 9999 + b"\n\n", None, True), (b"data: x", None, False),
-     (b"data: x\n", None, False), (b"data: x\n\ndata: y\r\n", None, False),
+    [(b"", None, True), (b"\n", None, True), (b"data: x\r\n\r\n", None, True),
+     (b"data: x\r\r", None, True), (b"data: " + b"x" * 9999 + b"\n\n", None, True),
+     (b"data: x\n", None, False),
      (b"data: x\n\n", 500, False)],  # of a counted one nothing but what was counted
 )  # fmt: skip
 def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
@@ -5426,22 +5391,17 @@ def test_a_broken_stream_resets_a_client_of_http_1_0(hospital, victim, place):
     assert raw(hospital, text)[1]
 
 
-def test_a_streaming_client_that_waits_gets_a_head_then_comments(swap):
+def test_streams_get_a_head_then_comments_during_a_load_unless_these_are_off(swap):
     with swap.stream("late") as stream:
         assert stream.headers["content-type"] == "text/event-stream"
         assert swap.states()["late"] == "loading"
         assert "late" in stream.text()
     assert stream.raw.startswith(b":\n\n") and stream.raw.count(b":\n\n") > 1
-    swap.post("/models/unload", {"model": "late"})
-
-
-def test_a_client_that_does_not_stream_or_wants_no_notice_just_waits(swap):
-    assert swap.chat("late2").status == 200
-    swap.post("/models/unload", {"model": "late2"})
-    eventually(lambda: swap.states()["late2"] == "unloaded")
     with swap.stream("late2") as stream:
         stream.text()
     assert not stream.raw.startswith(b":")
+    for model in ("late", "late2"):
+        swap.post("/models/unload", {"model": model})
 
 
 def test_during_prefill_and_in_pauses_comments_come_between_events(swap):
@@ -5677,13 +5637,9 @@ def test_models_are_listed_as_openai_and_llama_cpp_do_and_none_is_loaded(swap):
     assert isinstance(entry["status"]["args"], list) and "meta" in entry
     for name in ("b", "org/b", "org%2Fb", "b%20with%20blank", "b%2541"):
         assert swap.get(f"/v1/models/{name}").json()["id"] == "b"
-    for path, status in {
-        "/models": 200,
-        "/v1/models?x=y": 200,
-        "/v1/models/hidden": 200,
-        "/v1/models/none": 404,
-    }.items():
-        assert swap.get(path).status == status
+    for path in ("/models", "/v1/models?x=y", "/v1/models/hidden"):
+        assert swap.get(path).status == 200
+    assert swap.get("/v1/models/none").status == 404
     assert len(swap.journal("main")) == starts
 
 
@@ -6023,24 +5979,20 @@ def basic(password):
 # are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
 GET /v1/models -> 200
-    Authorization: Bearer s3cret | Authorization: bearer  s3cret | Authorization: s3cret
-    x-api-key: s3cret | Authorization: {basic} | Authorization: {basic_umlaut}
-    Authorization: Bearer {umlaut} | Authorization: Bearer no & x-api-key: s3cret
+    Authorization: bearer  s3cret | Authorization: s3cret | x-api-key: s3cret
+    Authorization: {basic_umlaut} | Authorization: Bearer {umlaut}
+    Authorization: Bearer no & x-api-key: s3cret
     {own} & {key} & {site} same-site & {mode} no-cors
     {own} & {stored} & {site} cross-site & {mode} navigate
     {own} & {stored} & {site} none & {mode} navigate
     {key} & Origin: https://evil.example
 GET /v1/models -> 401
-    | Authorization: Bearer | Authorization: Bearer s3cre
-    Authorization: Bearer s3cret, | Authorization: Basic s3cret
-    Authorization: {basic_wrong} | x-api-key: | x-api-key: \u00e4
-    {own} & {stored} & Origin: https://evil.example
+    | Authorization: Bearer s3cre | Authorization: Basic s3cret | x-api-key: \u00e4
+    Authorization: {basic_wrong} | {own} & {stored} & Origin: https://evil.example
     {own} & {stored} & {site} same-site & {mode} no-cors
 GET /v1/models -> 401 cors
-    Origin: http://localhost:3000
     {own} & {stored} & Origin: http://localhost:3000
 GET /v1/models -> 200 cors
-    {key} & Origin: https://chat.example
     {own} & {key} & Origin: http://localhost:3000
 GET /v1/models -> 403
     {key} & Host: evil.example
@@ -6049,81 +6001,63 @@ POST /v1/x -> 401
     | {own} & {stored} & {site} cross-site & {mode} navigate
 GET / -> 401
     Accept: text/event-stream
-GET / -> 200
+GET / /health /v1/health -> 200
     x-api-key: wrong
-GET /health /v1/health -> 200
 GET /health -> 403
     Host: evil.example
 OPTIONS /v1/models -> 204
-    | Origin: https://evil.example
+    Origin: https://evil.example
 OPTIONS /v1/models -> 204 cors
     Origin: http://localhost:3000
 POST /v1/x -> 200 cors
     {key} & Origin: http://localhost:3000 | {key} & Origin: https://127.0.0.1
     {key} & Origin: http://[::1]:5173 | {key} & Origin: https://chat.example
-    {key} & Origin: http://[::1] & Content-Type: text/plain
     {own} & {stored} & Origin: http://127.0.0.1:{port}
     {own} & {stored} & {site} same-origin & Origin: http://[::1]
 POST /v1/x -> 403
     {key} & Origin: https://chat.example:444 | {key} & Origin: http://chat.example
-    {key} & Origin: https://evil.example | {key} & Origin: http://localhost.evil.example
-    {key} & Origin: http://[::1].evil.example
-    {key} & Origin: http://localhost@evil.example
-    {key} & Origin: http://localhost:80@evil.example
-    {key} & Origin: null | {key} & Origin: null & Content-Type: text/plain
-    {own} & {stored} & Origin: null & {site} cross-site
+    {key} & Origin: http://localhost@evil.example | {key} & Origin: null
+    {key} & Origin: http://localhost.evil.example
 POST /v1/x -> 401 cors
     {own} & {stored} & Origin: http://localhost:3000
 GET /v1/none -> 404 cors
     {key} & Origin: https://chat.example
-GET /v1/none -> 404
-    {key} & Origin: https://evil.example
 GET /upstream/a/ws -> 403
     {key} & {ws} & Origin: https://evil.example
 """
 HOST_AND_PAGE_RULES = """
 GET /v1/models -> 200
-    Host: localhost | Host: LOCALHOST:8080 | Host: 127.0.0.1:1 | Host: [::1]:80
-    Host: 192.168.1.5:8080 | Host: host.docker.internal:8080
+    Host: LOCALHOST:8080 | Host: 192.168.1.5:8080 | Host: [::1]:80
+    Host: host.docker.internal:8080
 GET /v1/models -> 403
-    Host: evil.example | Host: localhost.evil.example | Host: [::1].evil.example
-    Host: 127.0.0.1.evil.example:8080 | Host: [::1 | Host: [evil.example]
-    Host: evil.example@localhost | Host: localhost:80@evil.example
-    Host: :evil.example | Host: localhost evil.example | Host: \u00e4
-POST /v1/x -> 200 cors
-    {own} & Origin: http://127.0.0.1:{port}
+    Host: localhost.evil.example | Host: 127.0.0.1.evil.example:8080 | Host: [::1
+    Host: [::1].evil.example | Host: localhost:80@evil.example | Host: :evil.example
 GET /v1/models?reload=1 -> 200 cors
     Origin: http://localhost:3000
 GET /v1/models?reload=1 -> 200
     {site} same-origin & User-Agent: Mozilla/5.0 | | User-Agent: curl/8.0
     Referer: http://127.0.0.1/x & User-Agent: Mozilla/5.0
+POST /v1/x -> 200 cors
+    {own} & Origin: http://127.0.0.1:{port}
 GET /upstream/a/x -> 200
-    Origin: https://evil.example | Referer: https://evil.example/page
-    {site} cross-site & {mode} no-cors
+    Origin: https://evil.example | {site} cross-site & {mode} no-cors
 POST /models/load /models/unload /api/models/unload /api/models/unload/a /unload \
 /v1/chat/completions /upstream/hidden/x -> 403
-    Origin: https://evil.example & {type} application/json | Origin: null
-    Origin: null & {type} text/plain
-    Origin: null & {type} application/x-www-form-urlencoded
-    Origin: https://evil.example & {type} multipart/form-data
+    Origin: https://evil.example | Origin: null
 GET,HEAD /unload /v1/models?reload=1 /upstream/hidden/x \
 /props?model=hidden&autoload=true /x?model=hidden -> 403
     Origin: https://evil.example | Origin: null | Referer: https://evil.example/page
-    Referer: http://[ | Referer: http://{script}.example/
     {site} cross-site & {mode} no-cors | User-Agent: Mozilla/5.0 (X11; Linux x86_64)
 """
 ACCESS_WORDS = {
     "key": "Authorization: Bearer s3cret",
     "stored": f"Authorization: {basic('s3cret')}",  # by a browser
-    "basic": basic("s3cret"),
     "basic_umlaut": basic("schl\u00fcssel"),
     "basic_wrong": basic("wrong"),
     "umlaut": "schl\u00fcssel".encode().decode("latin-1"),
-    "script": "\u2100".encode().decode("latin-1"),
     "ws": "Connection: Upgrade & Upgrade: websocket & Sec-WebSocket-Key: eA==",
     "site": "Sec-Fetch-Site:",
     "mode": "Sec-Fetch-Mode:",
-    "type": "Content-Type:",
 }
 
 
@@ -6415,15 +6349,9 @@ RUBBISH = [
     b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"HTTP/1.1 0200 OK\r\n\r\n",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
     b"HTTP/1.1 100 Continue\r\n\r\n" * 200, b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
-    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 200 O\rK\r\n\r\n",
-    b"HTTP/1.1 99 No\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
-    OK + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx",
-    OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"Content-Length: -1\r\n\r\nx",
-    OK + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    OK + b"X: a\r\n folded\r\n\r\n", OK + b"X : a\r\n\r\n", OK + b"X: \0\r\n\r\n",
+    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
+    OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"X : a\r\n\r\n", OK + b"X: y\r\n",
     OK + b"X: " + b"x" * 70000 + b"\r\n\r\n", OK + b"X: y\r\n" * 101 + b"\r\n",
-    OK + b"X: y\r\n",
 ]  # fmt: skip
 
 
@@ -6438,9 +6366,7 @@ def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
 
 CHUNKED_ANSWER = OK + b"Transfer-Encoding: Chunked\r\n\r\n"
 VALID_ANSWERS = [  # of a backend; status and body that the client gets
-    (OK + b"\r\nabc", 200, b"abc"),
     (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
-    (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
     (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
     (CHUNKED_ANSWER + ABC_IN_CHUNKS, 200, b"abc"),
     (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
@@ -6475,19 +6401,16 @@ BAD_CODINGS = [
 ]
 
 
-@pytest.mark.parametrize("path", [CHAT, "/upstream/a/x"])
-def test_encoded_bodies_are_decoded_or_refused(liar, path):
+def test_encoded_bodies_are_decoded_or_refused(liar):
     data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
     liar.backend.news()
-    for coding, encode in CODINGS:
-        fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
-        liar.post(path, encode(data), fields)
+    for path, (coding, encode) in itertools.product((CHAT, "/upstream/a/x"), CODINGS):
+        liar.post(path, encode(data), {"Content-Encoding": coding})
         (request,) = liar.backend.news()
         assert request.body == data
         assert request.all("content-encoding") == ["identity"] * (coding == "identity")
-    for coding, body, status, word in BAD_CODINGS if path == CHAT else ():
-        fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
-        answer = liar.post(path, body, fields)
+    for coding, body, status, word in BAD_CODINGS:
+        answer = liar.post(CHAT, body, {"Content-Encoding": coding})
         assert answer.status == status and word in answer.message()
         assert not liar.backend.news()
 
@@ -7108,13 +7031,6 @@ def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
-UNCHANGED = [
-    *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("no object")),
-    *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
-    *(anthropic("no object"), anthropic(None), {"error": {"message": "x"}}, [], None),
-]
-
-
 def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     body = completion(BAD)
     body["choices"] += completion(BAD, "length")["choices"]
@@ -7127,10 +7043,15 @@ def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     assert [text == BAD for text in calls] == [False, False, True]
 
 
-@pytest.mark.parametrize("answer", UNCHANGED)
-def test_a_body_that_needs_no_repair_stays_byte_for_byte(answer):
-    body = json.dumps(answer, indent=1, ensure_ascii=False).encode()
-    for body in (body, b"", b"\xff", b"{", b'{"tool_calls":' + b"[" * 100_000):
+def test_a_body_that_needs_no_repair_stays_byte_for_byte():
+    answers = [
+        *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("none")),
+        *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
+        *(anthropic("none"), anthropic(None), {"error": {"message": "x"}}, [], None),
+    ]
+    texts = [json.dumps(each, indent=1, ensure_ascii=False) for each in answers]
+    bodies = [*map(str.encode, texts), b"\xff", b'{"tool_calls":' + b"[" * 100_000]
+    for body in bodies:
         assert repair_body(body) == body
 
 
@@ -7209,17 +7130,15 @@ def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
 
 @each_api
 def test_text_flows_while_the_arguments_are_held(repairing, path):
-    body = dict(text="Let me see", arguments=BROKEN_CALL, fragment=8, stall=4)
-    body["stream"] = True
-    with Stream(repairing.port, path, {"model": "mended", **body}) as stream:
+    wish = dict(text="Let me see", arguments=BROKEN_CALL, fragment=8, stall=4)
+    body = {"model": "mended", "stream": True, **wish}
+    with Stream(repairing.port, path, body) as stream:
         seen = ""
         for event in stream.events():  # after three fragments nothing comes any more
             seen += event
             if "Let me see" in seen and "tool0" in seen:
                 break
         assert "path" not in seen
-    with Stream(repairing.port, path, {"model": "as-is", **body}) as stream:
-        assert any("path" in event for event in stream.events())
 
 
 @each_api
