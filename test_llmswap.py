@@ -5676,6 +5676,7 @@ LOADS_NOTHING = [  # method and path; the status of the answer while it is not l
     ("POST", f"{CHAT}?autoload=false", 400),
     ("DELETE", "/v1/x?model=hidden&autoload=no", 400),
     *(("GET", f"/{word}?model=hidden", 400) for word in QUESTIONS),
+    ("GET", "/slots?model=hidden&autoload=false", 400),
     *(("GET", f"/upstream/hidden/{word}", 409) for word in QUESTIONS),
     *(("GET", f"/upstream/hidden/{path}", 409) for path in ("v1/models", "x.js", "ws")),
     *(("GET", f"/{word}?model=none", 404) for word in QUESTIONS),
