@@ -5360,7 +5360,7 @@ BREAKS.remove(("cut", True, "boundary"))  # nothing could tell
 def test_a_broken_stream_never_ends_cleanly(hospital, victim, end, until_close, place):
     wish = {end: place, "until_close": until_close, "tokens": 4}
     with hospital.stream(victim, **wish) as stream:
-        with pytest.raises(BrokenAnswer):
+        with pytest.raises(BrokenAnswer, match="the connection ended"):
             list(stream.events())
     is_within = place == "mid-event" or (place == "mid-body" and until_close)
     assert (b'"code":"backend_died"' in stream.raw) is not is_within
