@@ -49,6 +49,7 @@ import tracemalloc
 import urllib.parse
 import zlib
 from collections import Counter
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -63,7 +64,7 @@ from llmswap import (
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import ANY
+from unittest.mock import ANY, Mock
 
 import llmswap
 
@@ -4257,10 +4258,10 @@ def pair():
 
 
 class Pieces:
-    """A socket that gives these pieces, then the end; keeps what is sent."""
+    """A socket that gives these pieces, then the end."""
 
     def __init__(self, *pieces):
-        self.unread, self.sent = collections.deque(filter(None, pieces)), b""
+        self.unread = collections.deque(filter(None, pieces))
 
     def recv(self, size):
         piece = self.unread.popleft() if self.unread else b""
@@ -4269,7 +4270,7 @@ class Pieces:
         return piece[:size]
 
     def sendall(self, data):
-        self.sent += data
+        """Take a 100 Continue."""
 
 
 def reader_of(*pieces):
@@ -4296,10 +4297,10 @@ def request_of(text):
     return llmswap.Request(http(text))
 
 
-def seconds_of(action):
-    """Processor seconds of this thread, the best of three."""
+def seconds_of(action, tries=3):
+    """Processor seconds of this thread, the best of some tries."""
     times = []
-    for _ in range(3):
+    for _ in range(tries):
         began = time.thread_time()
         action()
         times.append(time.thread_time() - began)
@@ -4347,26 +4348,23 @@ def test_a_head_sent_byte_by_byte_is_late_as_well():
 SMUGGLING = [
     f"{GET}\n{lines}"
     for lines in [
-        "Content-Length: 5\nContent-Length: 5", "Content-Length: 5\nContent-Length: 6",
-        "Content-Length: 5, 5", "Content-Length: +5", "Content-Length: -5",
-        "Content-Length: 0x5", "Content-Length: 5 5", "Content-Length:",
+        "Content-Length: 5\nContent-Length: 5", "Content-Length: 5, 5",
+        "Content-Length: +5", "Content-Length: 0x5", "Content-Length:",
         "Content-Length: \u00b2", "Content-Length: 9999999999999999999",
         "Content-Length: 5\nTransfer-Encoding: chunked", "Transfer-Encoding: xchunked",
         "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
         "Transfer-Encoding: chunked, chunked", "Transfer-Encoding: gzip, chunked",
-        "Transfer-Encoding: identity", "Transfer-Encoding: chunked;x=y",
-        "Transfer-Encoding:\x0bchunked", "X: a\n b", "X: a\n\tb", "X : a", ": a", "X",
+        "Transfer-Encoding:\x0bchunked", "X: a\n b", "X : a", ": a", "X",
         "X: a\x00b", "X: a\rb", "X\u00e4: b", "Host: y",
     ]
 ] + [
-    "GET / HTTP/1.1", "GET / HTTP/1.1\n", "GET / HTTP/1.0\nTransfer-Encoding: chunked",
+    "GET / HTTP/1.1", "GET / HTTP/1.0\nTransfer-Encoding: chunked",
     "GET  / HTTP/1.1\nHost: x", "GET / HTTP/1.1 \nHost: x", " GET / HTTP/1.1\nHost: x",
     "GET / x HTTP/1.1\nHost: x", "GET /\x01 HTTP/1.1\nHost: x", "GET /\nHost: x",
     "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
     "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
-    "CONNECT x:80 HTTP/1.1\nHost: x:80", "GET http://y/ HTTP/1.1\nHost: x",
-    "GET ftp://x/ HTTP/1.1\nHost: x", "GET * HTTP/1.1\nHost: x",
-    "OPTIONS ** HTTP/1.1\nHost: x",
+    "GET http://y/ HTTP/1.1\nHost: x", "GET ftp://x/ HTTP/1.1\nHost: x",
+    "GET * HTTP/1.1\nHost: x", "OPTIONS ** HTTP/1.1\nHost: x",
 ]  # fmt: skip
 
 
@@ -4388,13 +4386,6 @@ def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, q
 # ---- chunks
 
 
-CHUNKED = [
-    (b"0\r\n\r\n", b""),
-    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
-    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
-    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
-]
 BAD_CHUNKS = [
     b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\nx\r\n", b"1_0\r\n",
     b"1\nx\r\n0\r\n\r\n", b"1\r\nxx\r\n0\r\n\r\n", b"1\r\nx\r\r\n",
@@ -4402,7 +4393,7 @@ BAD_CHUNKS = [
     b"1\r\nx0\r\n\r\n", b" 1\r\nx\r\n", b"1;a\x00\r\nx\r\n", b"1000000000000000\r\n",
     b"1;" + b"x" * 5000, b"0\r\n" + b"A: b\r\n" * 200, b"0\r\nA: \0\r\n\r\n",
     b"0\r\nA: b\rc\r\n\r\n", b"0\r\nA : b\r\n\r\n", b"0\r\nA: b\r\n c\r\n\r\n",
-    b"1\r\nx1\r\nx\r\n", b"0\r\n1\r\nx\r\n", b"1\r\nx\n\n",
+    b"0\r\n1\r\nx\r\n", b"1\r\nx\n\n",
 ]  # fmt: skip
 
 
@@ -4411,7 +4402,12 @@ def payload_of(*pieces):
     return b"".join(llmswap.read_payload(reader_of(*pieces), head))
 
 
-@pytest.mark.parametrize("data, payload", CHUNKED)
+@pytest.mark.parametrize("data, payload", [
+    (b"0\r\n\r\n", b""),
+    (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
+    (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
+    (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
+])  # fmt: skip
 def test_chunks_are_decoded_however_they_are_cut(data, payload):
     single_bytes = [bytes([byte]) for byte in data]
     for cut in range(len(data) + 1):
@@ -4433,7 +4429,7 @@ def test_tiny_chunks_cost_in_proportion_to_their_number():
     def decode(count):
         assert len(payload_of(b"1\r\nx\r\n" * count + b"0\r\n\r\n")) == count
 
-    assert seconds_of(lambda: decode(80000)) < 16 * seconds_of(lambda: decode(10000))
+    assert seconds_of(lambda: decode(40000)) < 16 * seconds_of(lambda: decode(5000))
 
 
 # ---- bodies
@@ -4468,53 +4464,37 @@ def test_a_body_is_held_whole_or_comes_piece_by_piece(is_chunked, size):
 # ---- JSON and forms
 
 
-def found_in(data, kind="application/json", is_needed=True):
+def found_in(data, kind="application/json"):
     """What is found in this body, and the body, read as far as that took."""
-    body = body_of(f"Content-Length: {len(data)}", bytes(data))
-    return llmswap.find_model(body, kind, is_needed), body
+    body = body_of(f"Content-Length: {len(data)}", data)
+    return llmswap.find_model(body, kind), body
 
 
 JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
 
 
 @pytest.mark.parametrize("kind, data, model", [
-    (JSON, '{"model":"a"}', "a"),
-    (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "b" } ', "b"),
-    (JSON, '\ufeff{"model":"a"}', "a"), (JSON, '{"model":"a","model":"b"}', "b"),
-    (JSON, '{"\\u006dodel":"a"}', "a"),
-    (JSON, '{"model":"a\\"\\u00e4\\n\\\\"}', 'a"\u00e4\n\\'),
-    (JSON, '{"x":"\\"model\\":\\"no\\"","model":"b"}', "b"),
+    (JSON, ' \r\n\t{ "x" : [ {"model":"no"} ] ,\n"model" : "\\u00e4" } ', "\u00e4"),
+    (JSON, '\ufeff{"model":"a"}', "a"), (JSON, '{"model":"\\ud800"}', "\ud800"),
     (JSON, '{"x":{"model":"no"}}', None), (JSON, '{"model":5}', None),
-    (JSON, '{"model":["a"]}', None), (JSON, "{}", None), (JSON, "", None),
-    (JSON, '{"x":1e400,"y":-0.0e-1,"model":"a"}', "a"),
-    (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
-    (JSON, '{"model":"\\ud800"}', "\ud800"),
+    (JSON, "", None), (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
     (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
 ])  # fmt: skip
 def test_the_model_is_found_at_the_top_level_and_nowhere_else(kind, data, model):
     assert found_in(data.encode(), kind)[0].model == model
 
 
-@pytest.mark.parametrize(
-    "data",
-    ["[]", '"model"', "5", "model=a", "{'model': 'a'}", '{"x" "y"}', '{"x":',
-     '{"model":"a"} trailing', '{"x":truefalse,"model":"a"}', '{"x":' + "[" * 10**6],
-)  # fmt: skip
-def test_a_body_that_is_no_json_object_is_refused(data):
-    with pytest.raises(llmswap.BadRequest):
-        found_in(data.encode())
+def test_a_body_that_is_no_json_object_is_refused():
+    for data in ("[]", "model=a", '{"x":', '{"model":"a"} {}', '{"x":' + "[" * 10**6):
+        with pytest.raises(llmswap.BadRequest):
+            found_in(data.encode())
 
 
 @pytest.mark.parametrize("body, removed, overrides, result", [
-    ("{}", "", {"model": "a"}, '{"model":"a"}'),
     ('{"model": "b" , "x":1}', "", {"model": "a"}, '{"model":"a","x":1}'),
-    ('{"a":1,"b":2}', "abc", {}, "{}"),
-    ('{"a":{"x":1}}', "", {"a": {"y": 2}}, '{"a":{"x":1,"y":2}}'),
     ('{"a":{"x":1}}', "", {"a": 5}, '{"a":5}'),
-    ('{"a":1,"a":2}', "", {"b": 5}, '{"a":2,"b":5}'),
     ('{"a":{"x":1}}', "a", {"a": {"y": 2}}, '{"a":{"y":2}}'),
     ('{"a":{"x":"\\ud800"}}', "", {"a": {}}, '{"a":{"x":"\\ud800"}}'),
-    ('\ufeff{"a":1}', "a", {}, "{}"),
     ('{"a":1e400,"b":12345678901234567890}', "", {"model": "\u00e4"},
      '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
 ])  # fmt: skip
@@ -4534,7 +4514,7 @@ def multipart(*fields, boundary="xYz"):
     return data + f"--{boundary}--\r\n".encode(), kind
 
 
-def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
+def test_the_model_of_a_form_is_found_wherever_it_stands_and_in_linear_time():
     noise = LARGE + b'\r\n\r\nname="model"\r\n\r\nno\r\n--xY'
     for fields in (
         [("model", "a/b"), ("file", noise)],
@@ -4546,32 +4526,17 @@ def test_the_model_of_a_form_is_found_before_or_behind_a_large_file():
         assert bytes(body.held) + b"".join(body.rest()) == data
 
 
-def test_a_form_may_quote_its_boundary_and_have_no_model():
-    data, _ = multipart(("file", b"model"), boundary="a b'c")
-    kind = 'multipart/form-data; Boundary="a b\'c"'
-    assert found_in(data, kind)[0].model is None
+    data, _ = multipart(("file", b"model"), ("model", "c"), boundary="a b'c")
+    assert found_in(data, 'multipart/form-data; Boundary="a b\'c"')[0].model == "c"
+    assert found_in(*multipart(("file", b"model")))[0].model is None
     with pytest.raises(llmswap.BadRequest):
         found_in(data, "multipart/form-data")
-
-
-def test_a_form_made_to_be_slow_is_read_in_linear_time():
-    lines = b"Content-Disposition: form-data;" * 30000
-    data = b"--x\r\n" + lines + b"\r\n\r\n\r\n--x"
+    slow = b"--x\r\n" + b"Content-Disposition: form-data;" * 30000 + b"\r\n\r\n\r\n--x"
     kind = "multipart/form-data; boundary=x"
-    assert seconds_of(lambda: found_in(data, kind)) < 0.1
+    assert seconds_of(lambda: found_in(slow, kind)) < 0.1
 
 
 # ---- answers read
-
-
-ANSWERS = [
-    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-    b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
-]
 
 
 def read_answer(*pieces, method="GET"):
@@ -4579,7 +4544,12 @@ def read_answer(*pieces, method="GET"):
     return answer, b"".join(answer.pieces())
 
 
-@pytest.mark.parametrize("data", ANSWERS)
+@pytest.mark.parametrize("data", [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: Chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
+])  # fmt: skip
 def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
     for cut in range(len(data)):
         answer, payload = read_answer(data[:cut], data[cut:])
@@ -4588,24 +4558,19 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
             read_answer(data[:cut])
 
 
-ANSWER_ENDS = [  # head, method; payload, and whether the connection can be used again
+@pytest.mark.parametrize("head, method, payload, is_reusable", [
     ("1.1 200 OK", "GET", b"hello", False),
     ("1.1 204 No Content", "GET", b"", False),
     ("1.1 200 OK\nContent-Length: 9", "HEAD", b"", False),
     ("1.1 304 Not Modified\nContent-Length: 9", "GET", b"", False),
-    ("1.1 200 OK\nContent-Length: 5\nConnection: close", "GET", b"hello", False),
-    ("1.0 200 OK\nContent-Length: 5", "GET", b"hello", False),
     ("1.0 200 OK\nContent-Length: 5\nConnection: keep-alive", "GET", b"hello", False),
     ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
     ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET", b"hello",
      False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("head, method, payload, is_over", ANSWER_ENDS)
-def test_an_answer_ends_where_its_head_says(head, method, payload, is_over):
+])  # fmt: skip
+def test_an_answer_ends_where_its_head_says(head, method, payload, is_reusable):
     answer, got = read_answer(http(f"HTTP/{head}", b"hello"), method=method)
-    assert (got, answer.is_reusable) == (payload, is_over)
+    assert (got, answer.is_reusable) == (payload, is_reusable)
 
 
 def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
@@ -4638,13 +4603,10 @@ COUNTED = "content-length: 5"
 
 
 @pytest.mark.parametrize("request_text, length, framing, payload, is_persistent", [
-    (GET, 5, COUNTED, b"hello", True), (HEAD, 5, COUNTED, b"", True),
+    (GET, 5, COUNTED, b"hello", True), (HEAD, None, "", b"", True),
     (GET, None, "transfer-encoding: chunked", IN_THREE_CHUNKS, True),
-    (HEAD, None, "", b"", True), (OLD, 5, COUNTED, b"hello", False),
+    (GET + "\nConnection: x, Close", 5, COUNTED, b"hello", False),
     (OLD, None, "", b"hello", False),
-    (GET + "\nConnection: close", 5, COUNTED, b"hello", False),
-    (GET + "\nConnection: Keep-Alive, Close", 5, COUNTED, b"hello", False),
-    (GET + "\nConnection: x\nConnection: close", 5, COUNTED, b"hello", False),
     (OLD + "\nConnection: keep-alive", 5, COUNTED, b"hello", False),
 ])  # fmt: skip
 def test_an_answer_is_framed_as_its_client_can_read_it(
@@ -4664,37 +4626,26 @@ def test_an_answer_is_framed_as_its_client_can_read_it(
 
 
 def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
-    monkeypatch.setattr(llmswap, "STALL_SECONDS", 0.6)
-    monkeypatch.setattr(llmswap, "POLL_INTERVAL", 0.02)
+    clock = SimpleNamespace(monotonic=itertools.count(step=20).__next__)
+    monkeypatch.setattr(llmswap, "time", clock)
 
-    def read_slowly(sock):
-        while sock.recv(2048):
-            time.sleep(0.05)
+    def send(*outcomes):
+        """40 KB to a socket that takes so many bytes or times out, by turns."""
+        sock = Mock(**{"send.side_effect": itertools.cycle(outcomes)})
+        reply = llmswap.ClientResponse(sock, request_of(GET), [])
+        reply.start(200, [], 40000)
+        reply.send(bytes(40000))
 
-    for is_read in (True, False):
-        with pair() as (ours, theirs):
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            reply = llmswap.ClientResponse(ours, request_of(GET), [])
-            reply.start(200, [], 40000)
-            reader = threading.Thread(target=read_slowly, args=(theirs,))
-            if is_read:
-                reader.start()
-            began = time.monotonic()
-            refused = pytest.raises(llmswap.ClientDisconnected)
-            with contextlib.nullcontext() if is_read else refused:
-                reply.send(bytes(40000))
-            assert time.monotonic() > began + 0.6
-            ours.close()
-            if is_read:
-                reader.join()
+    send(1000, socket.timeout)
+    with pytest.raises(llmswap.ClientDisconnected):
+        send(socket.timeout)
 
 
 @pytest.mark.parametrize(
     "payload, length, is_told",
-    [(b"", None, True), (b"\n", None, True), (b"data: x\n\n", None, True),
-     (b"data: x\r\n\r\n", None, True), (b"data: x\r\r", None, True),
-     (b"data: " + b"x" * 9999 + b"\n\n", None, True), (b"data: x", None, False),
-     (b"data: x\n", None, False), (b"data: x\n\ndata: y\r\n", None, False),
+    [(b"", None, True), (b"\n", None, True), (b"data: x\r\n\r\n", None, True),
+     (b"data: x\r\r", None, True), (b"data: " + b"x" * 9999 + b"\n\n", None, True),
+     (b"data: x\n", None, False),
      (b"data: x\n\n", 500, False)],  # of a counted one nothing but what was counted
 )  # fmt: skip
 def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
@@ -4763,8 +4714,6 @@ unlisted = on
 [keyed]
 cmd = FAKE --model keyed
 proxy-key = backend-key
-[secret]
-cmd = FAKE --api-key S3CRET --model secret
 [gone]
 cmd = /no/such/program ${PORT}
 """
@@ -4785,84 +4734,53 @@ def anonymous_memory(pid):
     return llmswap.memory_of(pid)["RssAnon"]
 
 
-def raw(swap, data, is_ended=False, timeout=10):
+def raw(swap, data):
     """Everything that comes back for these bytes, and whether a reset ended it."""
-    with socket.create_connection(("127.0.0.1", swap.port)) as sock:
-        sock.settimeout(timeout)
-        sock.sendall(data)
-        if is_ended:
-            sock.shutdown(socket.SHUT_WR)
-        return everything(sock)
+    with swap.connect() as client:
+        client.sock.sendall(data)
+        return everything(client.sock)
 
 
 def chat_text(model, **wish):
     """The bytes of a whole chat request, for HTTP/1.0 or 1.1."""
     version = wish.pop("version", "1.1")
     body = json.dumps(chat_body(model, **wish)).encode()
-    head = f"POST /v1/chat/completions HTTP/{version}\nHost: localhost\n"
+    head = f"POST {CHAT} HTTP/{version}\nHost: localhost\n"
     return http(f"{head}Content-Length: {len(body)}", body)
 
 
-def digest_of(pieces):
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-@pytest.mark.parametrize(
-    "path, version",
-    [("bytes", "1.1"), ("bytes", "1.0"), ("until-close", "1.1"), ("chunked", "1.1"),
-     ("chunked", "1.0")],
-)  # fmt: skip
-def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path, version):
+@pytest.mark.parametrize("path", ["bytes", "until-close", "chunked"])
+def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path):
     swap.chat("a")
     before, size = anonymous_memory(swap.pid), (32 << 20) + 12345
-    expected = digest_of(fake.blocks(size, 65536))
-    target = f"/upstream/a/{path}?n={size}&size=65536"
-    head = f"GET {target} HTTP/{version}\nHost: localhost\nConnection: keep-alive"
+    expected = sha256(b"".join(fake.blocks(size, 65536))).digest()
     with swap.connect() as client:
-        is_kept = (path, version) == ("bytes", "1.1")
-        for _ in range(2 if is_kept else 1):  # the next answer begins behind it
-            client.sock.sendall(http(head))
+        for _ in range(1 if path == "until-close" else 2):  # the next begins behind it
+            client.send("GET", f"/upstream/a/{path}?n={size}&size=65536")
             answer = client.head()
-            for _ in range(20):  # the client reads nothing meanwhile
+            for _ in range(10):  # the client reads nothing meanwhile
                 swap.chat("a")
-            assert digest_of(client.pieces(*answer)) == expected
-    assert anonymous_memory(swap.pid) < before + (16 << 20)
-
-
-MEGABYTE = b"x" * (1 << 20)
-
-
-def upload(swap, path, start, count, end, kind):
-    """The answer to a body with so many megabytes, its digest, and memory at most."""
-    peak, digest = 0, sha256(start + count * MEGABYTE + end)
-    length = len(start) + count * len(MEGABYTE) + len(end)
-    head = f"POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {kind}"
-    with swap.connect() as client:
-        client.sock.sendall(http(f"{head}\nContent-Length: {length}", start))
-        for _ in range(count):
-            client.sock.sendall(MEGABYTE)
-            peak = max(peak, anonymous_memory(swap.pid))
-        client.sock.sendall(end)
-        answer = client.answer()
-    assert answer.status == 200
-    return answer.json(), digest.hexdigest(), max(peak, anonymous_memory(swap.pid))
+            assert anonymous_memory(swap.pid) < before + (16 << 20)
+            assert sha256(b"".join(client.pieces(*answer))).digest() == expected
 
 
 @pytest.mark.parametrize("path, start, end, kind, most", [
     ("/v1/echo", b'{"x":"', b'","model":"a"}', JSON, 120),
-    ("/v1/echo", b'{"x":"', b'","model":"edited"}', JSON, 120),
+    ("/v1/echo", b'{"x":"', b'","model":"edited"}', JSON, 160),
     ("/upstream/a/v1/echo", b"", b"", "application/octet-stream", 24),
 ])  # fmt: skip
 def test_large_bodies_go_up_in_bounded_memory(swap, path, start, end, kind, most):
     swap.chat("a"), swap.chat("edited")
-    before = anonymous_memory(swap.pid)
-    got, digest, peak = upload(swap, path, start, 32, end, kind)
-    assert b"edited" in end or got["sha256"] == digest
-    assert got["length"] > len(start) + (32 << 20) - 1
-    assert peak < before + (most << 20)
+    before, peak = anonymous_memory(swap.pid), 0
+    body = start + b"x" * (32 << 20) + end
+    with ThreadPoolExecutor() as client:
+        answer = client.submit(swap.post, path, body, {"Content-Type": kind})
+        while not answer.done():
+            peak = max(peak, anonymous_memory(swap.pid))
+            futures.wait([answer], 0.005)
+    echo = answer.result().json()
+    assert b"edited" in end or echo["sha256"] == sha256(body).hexdigest()
+    assert echo["length"] >= len(body) and 0 < peak < before + (most << 20)
     eventually(lambda: anonymous_memory(swap.pid) < before + (16 << 20))
 
 
@@ -4892,7 +4810,7 @@ def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
     queued = swap.get("/health").json()["queued"]
     with swap.connect() as one, swap.connect() as two:
         for client in (one, two):
-            client.send("POST", "/v1/chat/completions", chat_body("slow"))
+            client.send("POST", CHAT, chat_body("slow"))
         eventually(lambda: swap.get("/health").json()["queued"] == queued + 2)
     eventually(lambda: swap.get("/health").json()["queued"] == queued, 1)
     swap.post("/models/unload", {"model": "slow"})
@@ -4913,21 +4831,17 @@ def test_backend_connections_are_kept_and_those_it_closed_are_replaced_unnoticed
 
 @pytest.fixture(scope="module")
 def hospital():
-    """An llmswap whose models may be made to die, each at most once; every other one
-    has json-repair."""
-    models = (
-        f"[m{number}]\ncmd = FAKE --model m{number}\njson-repair = {number % 2}\n"
-        for number in range(60)
-    )
-    text = "[llmswap]\nmodels-max = 0\n" + "".join(models)
-    with hasty(text, EARLY_HEAD_AFTER=9.0) as running:
-        running.fresh = (f"m{number}" for number in range(60))
+    """An llmswap whose models may be made to die, each at most once."""
+    models = [f"m{number}" for number in range(30)]
+    text = "".join(f"[{model}]\ncmd = FAKE --model {model}\n" for model in models)
+    with hasty("[llmswap]\nmodels-max = 0\n" + text, EARLY_HEAD_AFTER=9.0) as running:
+        running.victims = iter(models)
         yield running
 
 
 @pytest.fixture
 def victim(hospital):
-    return next(hospital.fresh)
+    return next(hospital.victims)
 
 
 def chats_seen(swap, model):
@@ -4955,16 +4869,15 @@ BREAKS.remove(("cut", True, "boundary"))  # nothing could tell
 
 
 @pytest.mark.parametrize("end, until_close, place", BREAKS)
-def test_a_broken_stream_never_ends_cleanly(hospital, end, until_close, place):
+def test_a_broken_stream_never_ends_cleanly(hospital, victim, end, until_close, place):
     wish = {end: place, "until_close": until_close, "tokens": 4}
-    for victim in itertools.islice(hospital.fresh, 2):
-        with hospital.stream(victim, **wish) as stream:
-            with pytest.raises(BrokenAnswer):
-                list(stream.events())
-        is_within = place == "mid-event" or (place == "mid-body" and until_close)
-        assert (b'"code":"backend_died"' in stream.raw) is not is_within
-        assert is_within or stream.raw.endswith(b"}}\n\n")
-        assert b"[DONE]" not in stream.raw
+    with hospital.stream(victim, **wish) as stream:
+        with pytest.raises(BrokenAnswer, match="the connection ended"):
+            list(stream.events())
+    is_within = place == "mid-event" or (place == "mid-body" and until_close)
+    assert (b'"code":"backend_died"' in stream.raw) is not is_within
+    assert is_within or stream.raw.endswith(b"}}\n\n")
+    assert b"[DONE]" not in stream.raw
 
 
 @pytest.mark.parametrize("end", [{"die": "mid-body"}, {"cut": "mid-body", "reset": 1}])
@@ -4982,26 +4895,21 @@ def test_a_broken_stream_resets_a_client_of_http_1_0(hospital, victim, place):
     assert raw(hospital, text)[1]
 
 
-def test_a_streaming_client_that_waits_gets_a_head_then_comments(swap):
+def test_streams_get_a_head_then_comments_during_a_load_unless_these_are_off(swap):
     with swap.stream("late") as stream:
         assert stream.headers["content-type"] == "text/event-stream"
         assert swap.states()["late"] == "loading"
         assert "late" in stream.text()
     assert stream.raw.startswith(b":\n\n") and stream.raw.count(b":\n\n") > 1
-    swap.post("/models/unload", {"model": "late"})
-
-
-def test_a_client_that_does_not_stream_or_wants_no_notice_just_waits(swap):
-    assert swap.chat("late2").status == 200
-    swap.post("/models/unload", {"model": "late2"})
-    eventually(lambda: swap.states()["late2"] == "unloaded")
     with swap.stream("late2") as stream:
-        stream.text()
+        assert stream.text() and stream.headers["x-accel-buffering"] == "no"
     assert not stream.raw.startswith(b":")
+    for model in ("late", "late2"):
+        swap.post("/models/unload", {"model": model})
 
 
 def test_during_prefill_and_in_pauses_comments_come_between_events(swap):
-    with swap.stream("a", delay=1, tokens=2, interval=0.6) as stream:
+    with swap.stream("a", delay=0.8, tokens=2, interval=0.4) as stream:
         assert stream.text()
     assert re.match(rb"(:\n\n){2,}data: ", stream.raw)
     assert re.search(rb"\}\n\n(:\n\n)+data: ", stream.raw)
@@ -5070,25 +4978,21 @@ def echoed(answer):
     return {name.lower(): value for name, value in answer.json()["headers"]}
 
 
-def test_fields_of_one_connection_and_private_ones_are_not_forwarded(swap):
+def test_fields_of_one_connection_and_private_ones_are_not_passed_on(swap):
     private = {
         "X-Conversation-Id": "c::a", "X-Own": "1", "Keep-Alive": "30", "TE": "trailers",
         "Proxy-Authorization": "x", "Accept-Encoding": "gzip",
     }  # fmt: skip
     fields = {"Connection": "keep-alive, X-Own", "X-Kept": "\u00e4", **private}
     fields["Authorization"] = "Bearer for-the-backend"
-    got = echoed(swap.post("/v1/x", {"model": "a"}, fields))
+    answer = swap.post("/v1/x", {"model": "a"}, fields)
+    assert not {"access-control-allow-origin", "keep-alive"} & set(answer.headers)
+    got = echoed(answer)
     assert got["x-kept"] == "\u00e4" and got["authorization"] == fields["Authorization"]
     assert got["host"].startswith("127.0.0.1:") and str(swap.port) not in got["host"]
     assert not {name.lower() for name in private} & set(got)
     got = echoed(swap.post("/v1/x", {"model": "keyed"}, fields))
     assert got["authorization"] == "Bearer backend-key"
-
-
-def test_answers_lose_the_backends_own_cors_and_hop_by_hop_fields(swap):
-    headers = swap.post("/v1/x", {"model": "a"}).headers
-    assert not {"access-control-allow-origin", "keep-alive"} & set(headers)
-    assert swap.stream("a").headers["x-accel-buffering"] == "no"
 
 
 def websocket(client, path, **fields):
@@ -5153,21 +5057,9 @@ def test_a_client_that_expects_to_continue_may_be_refused_instead(swap):
 def test_pipelined_requests_are_answered_in_order(swap):
     with swap.connect() as client:
         texts = [chat_text("a", tag=str(tag), size=50) for tag in range(5)]
-        health = b"\r\n" + http("GET /health HTTP/1.1\nHost: localhost")
-        client.sock.sendall(b"".join(texts) + health)
+        client.sock.sendall(b"\r\n".join(texts))
         for tag in range(5):
             assert f" {tag}" in client.answer().content()
-        assert client.answer().status == 200
-
-
-def test_clients_of_http_1_0_get_answers_that_they_can_read(swap):
-    data, is_reset = raw(swap, chat_text("a", stream=True, version="1.0"))
-    assert data.endswith(b"data: [DONE]\n\n") and not is_reset
-    assert b"transfer-encoding" not in data.partition(b"\r\n\r\n")[0]
-    data, _ = raw(swap, b"GET /health HTTP/1.0\r\n\r\n")
-    assert data.startswith(b"HTTP/1.1 200 ") and b'"status":"ok"' in data
-    data, _ = raw(swap, http("GET /health HTTP/1.0\nConnection: keep-alive"))
-    assert b"connection: close" in data
 
 
 def test_the_head_of_an_answer_can_be_had_alone(swap):
@@ -5192,9 +5084,7 @@ def test_slow_heads_and_stalled_bodies_are_answered_408():
 @pytest.mark.parametrize("data, status", [
     (b"GET / HTTP/1.1\nHost: x\n\n", 400), (b"GET / HTTP/1.1\r\nHost: x\nX: y", 400),
     (b"GET / HTTP/1.1\rHost: x\r", 400), (b"GET /\0 HTTP/1.1\r\n", 400),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # TLS
     (b"GET / HTTP/1.1\r\nX: " + bytes([120]) * 66000, 431),
-    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n", 431),
     (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % 2**40, 413),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_is_refused_before_its_end(swap, data, status):
@@ -5244,13 +5134,9 @@ def test_models_are_listed_as_openai_and_llama_cpp_do_and_none_is_loaded(swap):
     assert isinstance(entry["status"]["args"], list) and "meta" in entry
     for name in ("b", "org/b", "org%2Fb", "b%20with%20blank", "b%2541"):
         assert swap.get(f"/v1/models/{name}").json()["id"] == "b"
-    for path, status in {
-        "/models": 200,
-        "/v1/models?x=y": 200,
-        "/v1/models/hidden": 200,
-        "/v1/models/none": 404,
-    }.items():
-        assert swap.get(path).status == status
+    for path in ("/models", "/v1/models?x=y", "/v1/models/hidden"):
+        assert swap.get(path).status == 200
+    assert swap.get("/v1/models/none").status == 404
     assert len(swap.journal("main")) == starts
 
 
@@ -5300,10 +5186,9 @@ def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
 QUESTIONS = "props slots metrics lora-adapters".split()
 LOADS_NOTHING = [  # method and path; the status of the answer while it is not loaded
     ("POST", f"{CHAT}?autoload=false", 400),
-    ("GET", "/v1/x?model=hidden&autoload=0", 400),
     ("DELETE", "/v1/x?model=hidden&autoload=no", 400),
     *(("GET", f"/{word}?model=hidden", 400) for word in QUESTIONS),
-    *(("GET", f"/{word}?model=hidden&autoload=false", 400) for word in QUESTIONS),
+    ("GET", "/slots?model=hidden&autoload=false", 400),
     *(("GET", f"/upstream/hidden/{word}", 409) for word in QUESTIONS),
     *(("GET", f"/upstream/hidden/{path}", 409) for path in ("v1/models", "x.js", "ws")),
     *(("GET", f"/{word}?model=none", 404) for word in QUESTIONS),
@@ -5358,8 +5243,7 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
     assert swap.get("/v1/models/b/").json()["id"] == "b"
     twice, ollama = "/v1 twice", "OpenAI-compatible"
     for path, words in (
-        ("/v1/v1/chat/completions", twice), ("/v1/v1/models", twice),
-        ("/api/tags", ollama), ("/api/chat", ollama), ("/api/version/", ollama),
+        ("/v1/v1/models", twice), ("/api/tags", ollama), ("/api/version/", ollama),
     ):  # fmt: skip
         for answer in (swap.get(path), swap.post(path, {"model": "a"})):
             assert answer.status == 404 and words in answer.message()
@@ -5374,15 +5258,14 @@ def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
     assert swap.log().count("speaks TLS") == 1
 
 
-def test_a_start_that_is_bound_to_fail_is_known_before(tmp_path):
+def test_a_start_that_is_bound_to_fail_is_known_before():
     text = "[gone]\ncmd = /no/such/program --port ${PORT}\n[fine]\ncmd = FAKE"
     with Llmswap(text) as server:
         status = server.get("/v1/models/gone").json()["status"]
         assert status["failed"] and status["exit_code"] == 1
         assert status["error"] == "/no/such/program does not exist"
         assert "failed" not in server.get("/v1/models/fine").json()["status"]
-        accept = {"Accept": "text/event-stream"}
-        with Stream(server.port, "/", headers=accept) as stream:
+        with Stream(server.port, "/", headers=EVENTS) as stream:
             models = {each["id"]: each for each in next(stream.documents())["models"]}
         assert "does not exist" in models["gone"]["failure"]
         assert not models["fine"]["failure"]
@@ -5392,31 +5275,23 @@ def rows_of(server, query=""):
     return server.get(f"/api/requests{query}").json()["requests"]
 
 
-def ended_rows(server, count):
-    """All rows once so many requests have ended, which is after their answers."""
-
-    def ended():
-        rows = rows_of(server)
-        return rows if [row for row in rows if row["status"]][count - 1 :] else None
-
-    return eventually(ended)
-
-
 def test_requests_are_remembered_with_who_asked_for_what():
     with Llmswap("[a]\ncmd = FAKE\nalias = x\n[b]\ncmd = FAKE --load-exit 3") as server:
         fields = {"User-Agent": "tester" * 99, "X-Session-Id": "s1"}
         assert server.post(CHAT, chat_body("x"), fields).status == 200
-        (row,) = ended_rows(server, 1)
-        assert row["user_agent"] == ("tester" * 99)[:200] and row["client"] == "127.0.0.1"
-        names = "session method path asked model stream status error".split()
+        eventually(lambda: all(row["status"] for row in rows_of(server)))
+        (row,) = rows_of(server)
+        assert row["user_agent"] == ("tester" * 99)[:200]
+        names = "client session method path asked model stream status error".split()
         assert [row[name] for name in names] == [
-            "s1", "POST", CHAT, "x", "a", False, 200, None]  # fmt: skip
+            "127.0.0.1", "s1", "POST", CHAT, "x", "a", False, 200, None]  # fmt: skip
         assert row["tokens_out"] > 0 and abs(row["started"] - time.time()) < 60
         assert 0 < row["waited"] < row["first_byte"] <= row["seconds"]
         assert server.chat("none").status == 404
         assert server.chat("b").status == 502
         assert server.get("/upstream/a/").status == 200  # pages are no requests
-        rows = ended_rows(server, 3)
+        eventually(lambda: all(row["status"] for row in rows_of(server)))
+        rows = rows_of(server)
         assert [row["status"] for row in rows] == [502, 404, 200]
         assert [row["asked"] for row in rows] == ["b", "none", "x"]
         assert "exited with status 3" in rows[0]["error"]
@@ -5439,7 +5314,8 @@ def test_a_request_in_flight_is_shown_and_can_be_cancelled():
         for model, wish in (("a", {"hang": True}), ("b", {})):  # at work, and waiting
             with server.connect() as client:
                 client.send("POST", CHAT, chat_body(model, **wish))
-                eventually(lambda: server.get("/health").json()["requests"] or model == "b")
+                if wish:
+                    eventually(lambda: server.get("/health").json()["requests"])
                 cancel(model)
                 answer = client.answer()
                 assert answer.status == 499
@@ -5515,7 +5391,6 @@ def test_under_upstream_a_models_own_server_is_reached(swap):
         ("a", "x?y=z", "/x?y=z"),
         ("org/b", "x", "/x"),
         ("org%2Fb", "x/y%2Fz%20%25", "/x/y%2Fz%20%25"),
-        ("b%20with%20blank", "", "/"),
         ("b%2541", "%C3%A4?q=%26", "/%C3%A4?q=%26"),
         ("shared", "/x", "//x"),
     ):
@@ -5534,7 +5409,7 @@ def test_under_upstream_a_models_own_server_is_reached(swap):
 def test_requests_are_routed_by_body_form_or_query_whatever_the_path(swap):
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     for method, path, body, fields in (
-        ("POST", "/v1/chat/completions", chat_body("shared"), {}),
+        ("POST", CHAT, chat_body("shared"), {}),
         ("POST", "/v1/x", {"model": "shared"}, form),  # curl -d
         ("POST", "/v1/x?model=shared", b"RIFF....", {"Content-Type": "audio/wav"}),
         ("POST", "/any/path", {"model": "a"}, {"Content-Type": ""}),
@@ -5544,21 +5419,18 @@ def test_requests_are_routed_by_body_form_or_query_whatever_the_path(swap):
     ):
         answer = swap.ask(method, path, body, fields)
         assert answer.status == 200
-        if path != "/v1/chat/completions":
+        if path != CHAT:
             assert (answer.json()["method"], answer.json()["path"]) == (method, path)
 
 
 ERRORS = [  # method, path, body; status and code of the answer
     ("POST", CHAT, "{", 400, "invalid_request"),
-    ("POST", CHAT, "[]", 400, "invalid_request"),
     ("POST", CHAT, {}, 400, "invalid_request"),
-    ("POST", CHAT, {"model": 5}, 400, "invalid_request"),
     ("POST", CHAT, {"model": ""}, 400, "invalid_request"),
     ("POST", CHAT, {"model": "clossing"}, 404, "model_not_found"),
     ("POST", "/v1/x", {"model": "x" * 100_000}, 404, "model_not_found"),
     ("POST", "/v1/x", '{"model":"\\ud800"}', 404, "model_not_found"),
     ("GET", "/v1/none", None, 404, "not_found"),
-    ("GET", "/v1/x?model=none", None, 404, "model_not_found"),
     ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
     ("POST", "/running", {"model": "a"}, 405, "method_not_allowed"),
     ("PUT", "/health", None, 405, "method_not_allowed"),
@@ -5586,38 +5458,6 @@ def test_errors_have_openais_shape_and_a_real_status(swap):
             assert client.ask("GET", "/health").json()["status"] == "ok"
 
 
-def descriptors_of(pid):
-    """Names of what a process has open, which tell each socket from all others."""
-    found = set()
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add(os.readlink(path))
-    return found
-
-
-def connections_of(pid):
-    """{name: local address, remote address and state, as the kernel writes them} of
-    its TCP connections."""
-    with open("/proc/net/tcp") as file:
-        rows = [line.split() for line in file]
-    told = {f"socket:[{row[9]}]": " ".join(row[1:4]) for row in rows}
-    return {name: told[name] for name in descriptors_of(pid) if name in told}
-
-
-def test_a_reset_within_a_head_is_counted_as_no_failure():
-    with Llmswap("[a]\ncmd = FAKE\n") as server:
-        with server.connect() as client:
-            client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: x")
-            ours = f":{client.sock.getsockname()[1]:04X} 01"
-            found = lambda: [  # noqa: E731
-                name for name, told in connections_of(server.pid).items() if ours in told
-            ]
-            (its,) = eventually(found)
-            reset_at_close(client.sock)
-        eventually(lambda: its not in descriptors_of(server.pid))
-        assert b'status="500"' not in server.get("/metrics").body
-
-
 # ---- access
 
 
@@ -5630,102 +5470,79 @@ def basic(password):
 # are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
 GET /v1/models -> 200
-    Authorization: Bearer s3cret | Authorization: bearer  s3cret | Authorization: s3cret
-    x-api-key: s3cret | Authorization: {basic} | Authorization: {basic_umlaut}
-    Authorization: Bearer {umlaut} | Authorization: Bearer no & x-api-key: s3cret
+    Authorization: bearer  s3cret | Authorization: s3cret | x-api-key: s3cret
+    Authorization: {basic_umlaut} | Authorization: Bearer {umlaut}
+    Authorization: Bearer no & x-api-key: s3cret
     {own} & {key} & {site} same-site & {mode} no-cors
     {own} & {stored} & {site} cross-site & {mode} navigate
     {own} & {stored} & {site} none & {mode} navigate
     {key} & Origin: https://evil.example
 GET /v1/models -> 401
-    | Authorization: Bearer | Authorization: Bearer s3cre
-    Authorization: Bearer s3cret, | Authorization: Basic s3cret
-    Authorization: {basic_wrong} | x-api-key: | x-api-key: \u00e4
-    {own} & {stored} & Origin: https://evil.example
+    | Authorization: Bearer s3cre | Authorization: Basic s3cret | x-api-key: \u00e4
+    Authorization: {basic_wrong} | {own} & {stored} & Origin: https://evil.example
     {own} & {stored} & {site} same-site & {mode} no-cors
 GET /v1/models -> 401 cors
-    Origin: http://localhost:3000
     {own} & {stored} & Origin: http://localhost:3000
-GET /v1/models -> 200 cors
-    {key} & Origin: https://chat.example
-    {own} & {key} & Origin: http://localhost:3000
-GET /v1/models -> 403
-    {key} & Host: evil.example
 GET /models /running /metrics /logs /upstream/a/ /none -> 401
 POST /v1/x -> 401
     | {own} & {stored} & {site} cross-site & {mode} navigate
 GET / -> 401
     Accept: text/event-stream
-GET / -> 200
+GET / /health /v1/health -> 200
     x-api-key: wrong
-GET /health /v1/health -> 200
 GET /health -> 403
     Host: evil.example
 OPTIONS /v1/models -> 204
-    | Origin: https://evil.example
+    Origin: https://evil.example
 OPTIONS /v1/models -> 204 cors
     Origin: http://localhost:3000
 POST /v1/x -> 200 cors
     {key} & Origin: http://localhost:3000 | {key} & Origin: https://127.0.0.1
     {key} & Origin: http://[::1]:5173 | {key} & Origin: https://chat.example
-    {key} & Origin: http://[::1] & Content-Type: text/plain
     {own} & {stored} & Origin: http://127.0.0.1:{port}
     {own} & {stored} & {site} same-origin & Origin: http://[::1]
 POST /v1/x -> 403
     {key} & Origin: https://chat.example:444 | {key} & Origin: http://chat.example
-    {key} & Origin: https://evil.example | {key} & Origin: http://localhost.evil.example
-    {key} & Origin: http://[::1].evil.example
-    {key} & Origin: http://localhost@evil.example
-    {key} & Origin: http://localhost:80@evil.example
-    {key} & Origin: null | {key} & Origin: null & Content-Type: text/plain
-    {own} & {stored} & Origin: null & {site} cross-site
-POST /v1/x -> 401 cors
-    {own} & {stored} & Origin: http://localhost:3000
+    {key} & Origin: http://localhost@evil.example | {key} & Origin: null
+    {key} & Origin: http://localhost.evil.example
 GET /v1/none -> 404 cors
     {key} & Origin: https://chat.example
-GET /v1/none -> 404
-    {key} & Origin: https://evil.example
 GET /upstream/a/ws -> 403
     {key} & {ws} & Origin: https://evil.example
 """
 HOST_AND_PAGE_RULES = """
 GET /v1/models -> 200
-    Host: localhost | Host: LOCALHOST:8080 | Host: 127.0.0.1:1 | Host: [::1]:80
-    Host: 192.168.1.5:8080 | Host: host.docker.internal:8080
+    Host: LOCALHOST:8080 | Host: 192.168.1.5:8080 | Host: [::1]:80
+    Host: host.docker.internal:8080
 GET /v1/models -> 403
-    Host: evil.example | Host: localhost.evil.example | Host: [::1].evil.example
-    Host: 127.0.0.1.evil.example:8080 | Host: [::1 | Host: [evil.example]
-    Host: evil.example@localhost | Host: localhost:80@evil.example
-    Host: :evil.example | Host: localhost evil.example | Host: \u00e4
+    Host: localhost.evil.example | Host: 127.0.0.1.evil.example:8080 | Host: [::1
+    Host: [::1].evil.example | Host: localhost:80@evil.example | Host: :evil.example
+GET /v1/models?reload=1 -> 200 cors
+    Origin: http://localhost:3000
+GET /v1/models?reload=1 -> 200
+    {site} same-origin & User-Agent: Mozilla/5.0 | | User-Agent: curl/8.0
+    Referer: http://127.0.0.1/x & User-Agent: Mozilla/5.0
 POST /v1/x -> 200 cors
     {own} & Origin: http://127.0.0.1:{port}
 GET /upstream/a/x -> 200
-    Origin: https://evil.example | Referer: https://evil.example/page
-    {site} cross-site & {mode} no-cors
+    Origin: https://evil.example | {site} cross-site & {mode} no-cors
 POST /models/load /models/unload /api/models/unload /api/models/unload/a /unload \
 /v1/chat/completions /upstream/hidden/x -> 403
-    Origin: https://evil.example & {type} application/json | Origin: null
-    Origin: null & {type} text/plain
-    Origin: null & {type} application/x-www-form-urlencoded
-    Origin: https://evil.example & {type} multipart/form-data
+    Origin: https://evil.example | Origin: null
 GET,HEAD /unload /v1/models?reload=1 /upstream/hidden/x \
 /props?model=hidden&autoload=true /x?model=hidden -> 403
     Origin: https://evil.example | Origin: null | Referer: https://evil.example/page
-    Referer: http://[ | Referer: http://{script}.example/
     {site} cross-site & {mode} no-cors | User-Agent: Mozilla/5.0 (X11; Linux x86_64)
 """
 ACCESS_WORDS = {
     "key": "Authorization: Bearer s3cret",
     "stored": f"Authorization: {basic('s3cret')}",  # by a browser
-    "basic": basic("s3cret"),
     "basic_umlaut": basic("schl\u00fcssel"),
     "basic_wrong": basic("wrong"),
     "umlaut": "schl\u00fcssel".encode().decode("latin-1"),
-    "script": "\u2100".encode().decode("latin-1"),
     "ws": "Connection: Upgrade & Upgrade: websocket & Sec-WebSocket-Key: eA==",
     "site": "Sec-Fetch-Site:",
     "mode": "Sec-Fetch-Mode:",
-    "type": "Content-Type:",
 }
 
 
@@ -5776,18 +5593,6 @@ def test_access_follows_host_origin_key_and_signs_of_a_browser(request, kind):
     assert len(server.journal("main")) == starts  # nothing was loaded or unloaded
 
 
-def test_our_own_page_and_programs_may_load_by_get(swap):
-    for page in (
-        {"Origin": "http://localhost:3000"},
-        {"Sec-Fetch-Site": "same-origin", "User-Agent": "Mozilla/5.0"},
-        {"Referer": "http://127.0.0.1/x", "User-Agent": "Mozilla/5.0"},
-        {"User-Agent": "curl/8.0"},
-        {},
-    ):
-        assert swap.get("/upstream/hidden/", page).status == 200
-        swap.post("/api/models/unload/hidden")
-
-
 def test_a_refused_client_learns_how_to_authenticate_and_allowed_pages_pass(guarded):
     refused = guarded.get("/v1/models")
     assert refused.json()["error"]["code"] == "invalid_api_key"
@@ -5796,24 +5601,16 @@ def test_a_refused_client_learns_how_to_authenticate_and_allowed_pages_pass(guar
     assert opened.headers["www-authenticate"].startswith("Basic")  # it asks a person
     page = guarded.get("/", {"Accept": "text/html"})  # the bare page needs no key
     assert page.status == 200 and b"<title>llmswap</title>" in page.body
-    assert page.headers["content-type"].startswith("text/html")
     assert page.headers["content-security-policy"] == llmswap.PAGE_POLICY
     with Stream(guarded.port, "/", None, {**EVENTS, **KEY}) as stream:
         assert len(next(stream.documents())["models"]) == 1
-    asked = {
-        "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization, x-stainless-os",
-    }
-    asked["Origin"] = "https://chat.example"
-    headers = guarded.ask("OPTIONS", CHAT, None, asked).headers
+    wish = {"Access-Control-Request-Headers": "authorization, x-stainless-os"}
+    allowed = {**KEY, "Origin": "https://chat.example"}
+    headers = guarded.ask("OPTIONS", CHAT, None, {**allowed, **wish}).headers
     assert headers["access-control-allow-headers"] == "authorization, x-stainless-os"
     assert "POST" in headers["access-control-allow-methods"]
-    asked["Origin"] = "https://evil.example"
-    headers = guarded.ask("OPTIONS", CHAT, None, asked).headers
-    assert not [name for name in headers if name.startswith("access-control")]
     guarded.post("/v1/x", {"model": "a"}, KEY)
     with guarded.connect() as client:
-        allowed = {**KEY, "Origin": "https://chat.example"}
         assert websocket(client, "/upstream/a/ws", **allowed)[0] == 101
 
 
@@ -5821,16 +5618,13 @@ def test_a_refused_client_learns_how_to_authenticate_and_allowed_pages_pass(guar
 
 
 def test_every_key_is_compared_and_in_constant_time(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "hmac.compare_digest", lambda a, b: seen.append((a, b)) or a == b
-    )
+    compare = Mock(side_effect=bytes.__eq__)
+    monkeypatch.setattr("hmac.compare_digest", compare)
     keys = b"one", b"two", "thr\u00e4e".encode(), b"\xff"  # as the environment has them
-    decoded = [os.fsdecode(key) for key in keys]
     for given in (*keys, b"none", b""):
-        seen.clear()
-        assert llmswap._is_key(given, decoded) is (given in keys)
-        assert seen == [(given, key) for key in keys]
+        assert llmswap._is_key(given, [*map(os.fsdecode, keys)]) is (given in keys)
+        calls = [each.args for each in compare.call_args_list[-len(keys) :]]
+        assert calls == [(given, key) for key in keys]
 
 
 def shown_by(server, fields):
@@ -5840,7 +5634,7 @@ def shown_by(server, fields):
     for path in [*paths.split(), "/v1/none?key=K-wrong", "/upstream/a/stats"]:
         answer = server.get(path, fields)
         yield path, f"{answer.headers}{answer.body.decode()}"
-    for path, more in (("/", {"Accept": "text/event-stream"}), ("/logs/stream/a", {})):
+    for path, more in (("/", EVENTS), ("/logs/stream/a", {})):
         with server.connect() as client:
             client.send("GET", path, None, {**fields, **more})
             status, headers = client.head()
@@ -5960,7 +5754,7 @@ def liar():
     url = f"http://127.0.0.1:{backend.port}"
     text = f"[llmswap]\nmax-body = 16M\n[a]\nproxy = {url}\n[b]\nproxy = {url}/own\n"
     with hasty(text) as running:
-        running.backend, running.text = backend, text
+        running.backend = backend
         assert running.get("/upstream/a/").status == 200
         yield running
     backend.close()
@@ -5993,18 +5787,13 @@ ABC_IN_CHUNKS = b"3 ;a=b\r\nabc\r\n0\r\nX: y\r\n\r\n"
 
 
 def test_unusual_requests_are_understood(liar):
-    name = "\u00e4 b/c%"
-    liar.reload(f"[{name}]\nproxy = http://127.0.0.1:{liar.backend.port}\nalias = a\n")
-    eventually(lambda: name in liar.states())
-    path = urllib.parse.quote(name, safe="")
-    start = f"/upstream/{path}/x HTTP/1"
+    start = "/upstream/a/x HTTP/1"
     requests = {
-        f"POST {start}.1\nHost: localhost\nContent-Length: 0": b"",
         f"POST {start}.1\nHost: localhost\nContent-Length: 000003": b"abc",
         f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": ABC_IN_CHUNKS,
         f"POST {start}.0\nContent-Length: 3": b"abc",
         f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
-        f"DELETE http://localhost/upstream/{path}/x HTTP/1.1\nHost: LOCALHOST": b"",
+        f"DELETE http://localhost{start}.1\nHost: LOCALHOST": b"",
         f"PROPFIND {start}.1\nHost: localhost\nX-A:\t b \t": b"",
     }
     liar.backend.news()
@@ -6018,32 +5807,23 @@ def test_unusual_requests_are_understood(liar):
         text = f"OPTIONS {target} HTTP/1.1\nHost: localhost\nConnection: close"
         data, _ = raw(liar, http(text))
         assert data.startswith(b"HTTP/1.1 204 ")
-    liar.reload(liar.text)
-    eventually(lambda: "b" in liar.states())
 
 
-def answer_of(liar, answer, method="GET", fields=()):
+def answer_of(liar, answer):
     """The answer that a client gets when the backend sends these bytes."""
     target = f"/{random.randrange(10**12)}?autoload=true"
     liar.backend.wishes[target] = answer
-    return liar.ask(method, f"/upstream/a{target}", None, fields)
+    return liar.get(f"/upstream/a{target}")
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
 RUBBISH = [
     b"\0\1\2\3", b"220 smtp.example ESMTP\r\n\r\n", b"HTTP/2.0 200 OK\r\n\r\n",
-    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"HTTP/1.1 0200 OK\r\n\r\n",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
     b"HTTP/1.1 100 Continue\r\n\r\n" * 200, b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n",
-    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 200 O\rK\r\n\r\n",
-    b"HTTP/1.1 99 No\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
-    OK + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx",
-    OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"Content-Length: -1\r\n\r\nx",
-    OK + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    OK + b"X: a\r\n folded\r\n\r\n", OK + b"X : a\r\n\r\n", OK + b"X: \0\r\n\r\n",
+    b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
+    OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"X : a\r\n\r\n", OK + b"X: y\r\n",
     OK + b"X: " + b"x" * 70000 + b"\r\n\r\n", OK + b"X: y\r\n" * 101 + b"\r\n",
-    OK + b"X: y\r\n",
 ]  # fmt: skip
 
 
@@ -6058,9 +5838,7 @@ def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
 
 CHUNKED_ANSWER = OK + b"Transfer-Encoding: Chunked\r\n\r\n"
 VALID_ANSWERS = [  # of a backend; status and body that the client gets
-    (OK + b"\r\nabc", 200, b"abc"),
     (b"HTTP/1.0 200 OK\r\n\r\nabc", 200, b"abc"),
-    (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + OK + b"\r\nabc", 200, b"abc"),
     (b"\r\n" + OK + b"Content-Length: 3\r\n\r\nabcdef", 200, b"abc"),
     (CHUNKED_ANSWER + ABC_IN_CHUNKS, 200, b"abc"),
     (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
@@ -6095,37 +5873,23 @@ BAD_CODINGS = [
 ]
 
 
-@pytest.mark.parametrize("path", [CHAT, "/upstream/a/x"])
-def test_encoded_bodies_are_decoded_or_refused(liar, path):
+def test_encoded_bodies_are_decoded_or_refused(liar):
     data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
     liar.backend.news()
-    for coding, encode in CODINGS:
-        fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
-        liar.post(path, encode(data), fields)
+    for path, (coding, encode) in itertools.product((CHAT, "/upstream/a/x"), CODINGS):
+        liar.post(path, encode(data), {"Content-Encoding": coding})
         (request,) = liar.backend.news()
         assert request.body == data
         assert request.all("content-encoding") == ["identity"] * (coding == "identity")
-    for coding, body, status, word in BAD_CODINGS if path == CHAT else ():
-        fields = {"Content-Encoding": coding, "Content-Type": "application/json"}
-        answer = liar.post(path, body, fields)
+    for coding, body, status, word in BAD_CODINGS:
+        answer = liar.post(CHAT, body, {"Content-Encoding": coding})
         assert answer.status == status and word in answer.message()
         assert not liar.backend.news()
-
-
-def test_compressed_answers_pass_unchanged(liar):
-    data = zlib.compress(b"x" * 100)
-    liar.backend.news()
-    head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
-    got = answer_of(liar, head + data, fields={"Accept-Encoding": "gzip"})
-    assert got.body == data and got.headers["content-encoding"] == "gzip"
-    (request,) = liar.backend.news()
-    assert request.all("accept-encoding") == ["gzip"]
 
 
 PATHS = {  # what is asked, and the backend with a path of its own sees, if anything
     "/upstream/b/x/..y/.": "/own/x/..y/.",
     "/upstream/b/x?a=/../..": "/own/x?a=/../..",
-    "/upstream/b/": "/own/",
     "/upstream/b/?": "/own/?",
     "/upstream/b///x": "/own///x",
     "/upstream/b/%00%0d%0a%25": "/own/%00%0d%0a%25",
@@ -6210,6 +5974,7 @@ def test_many_slow_clients_delay_no_other_and_leave_nothing():
                 client.hang_up(reset=True)
             eventually(lambda: given_back(swap, before), 30)
             eventually(lambda: swap.stats("a")["in_flight"] == 0)
+        assert b'status="500"' not in swap.get("/metrics").body  # for a reset
 
 
 def test_five_hundred_at_once_are_all_answered(swap):
@@ -6338,66 +6103,45 @@ MEANT = r"""
 {"a": "b", ...} ⇒ {"a": "b"}
 {"code": "```json\n{}\n```" ⇒ {"code": "```json\n{}\n```"}
 {"a": x␤b: y␤} ⇒ {"a": "x", "b": "y"}
-{"a": "x"}{"b ⇒ {"a": "x"}
-{"a": "b} ⇒ {"a": "b"}
 {"a": "if (x) { y } ⇒ {"a": "if (x) { y }"}
 {"a": {"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
-{"a": 1}, "b": 2} ⇒ {"a": 1, "b": 2}
-{"a": "b, "c": "d"} ⇒ {"a": "b", "c": "d"}
 {"a": "b␤  "c": "d"} ⇒ {"a": "b", "c": "d"}
 {}{"a": 1} ⇒ {"a": 1}
 {a = 1, b = "x"} ⇒ {"a": 1, "b": "x"}
 {first name: "x", last name: "y"} ⇒ {"first name": "x", "last name": "y"}
-{"a:b": 1,} ⇒ {"a:b": 1}
 {"a": true, b: no} ⇒ {"a": true, "b": "no"}
 {"a": true story} ⇒ {"a": "true story"}
 {"a": 1e5, "b": 2,} ⇒ {"a": 100000.0, "b": 2}
-[{"a": 1} ⇒ {"a": 1}
 {"a": {{"b": 1}}, "c": 2} ⇒ {"a": {"b": 1}, "c": 2}
 {"a": [1, 2, ...], "b": 1} ⇒ {"a": [1, 2], "b": 1}
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
-{cmd: ls -la | grep "x y"} ⇒ {"cmd": "ls -la | grep \"x y\""}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
-{"a": "f({"x": "y"})"} ⇒ {"a": "f({\"x\": \"y\"})"}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
-{"a": "C:\new\table",} ⇒ {"a": "C:\\new\\table"}
 {"a": "C:\temp\"} ⇒ {"a": "C:\\temp\\"}
-{"a": "\bfoo\b\d+"} ⇒ {"a": "\\bfoo\\b\\d+"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
-{"a": "\'x\'"} ⇒ {"a": "'x'"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
-{"a": "b", "c": "d␤ ⇒ {"a": "b", "c": "d\n"}
 {"a": 1, b ⇒ {"a": 1}
 {"a": N ⇒ {"a": null}
 {"a ⇒ {}
-{"a": "```"}␤``` ⇒ {"a": "```"}
 JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
-<function=f>{"a": 1}</function> ⇒ {"a": 1}
-return {"a": "b"}; ⇒ {"a": "b"}
-{"a": 1}␤␤Explanation: the {"x"} set ⇒ {"a": 1}
 {"a": "b'} ⇒ {"a": "b"}
-Action Input: {"a": 1,}␤Observation: ok ⇒ {"a": 1}
-{"a": 1, "a": 2,} ⇒ {"a": 2}
 {"args": "{"x": {"y": 1}, "z": []}"} ⇒ {"args": "{\"x\": {\"y\": 1}, \"z\": []}"}
-{'q': 'L'été, c'est', 'n': 1} ⇒ {"q": "L'été, c'est", "n": 1}
 {"old": "if (a == \"b\") {", "new": "}",} ⇒ {"old": "if (a == \"b\") {", "new": "}"}
 {"a": "x", "b": "return "ok"␤}"} ⇒ {"a": "x", "b": "return \"ok\"\n}"}
 {"a": "key: "value"␤other: "thing"␤", "b": "x"} ⇒ {"a": "key: \"value\"\nother: \"thing\"\n", "b": "x"}
 """
 
 # What means no object, or more than one, between the signs ¦
-LEFT_ALONE = r"""¦   ¦hello¦[1, 2, 3]¦[1, 2¦3.14¦'x'¦None¦["a", "b"¦"¦}¦"a"¦key: value¦}{¦\¦{{name}}
-¦{"a": 1}{"b": 2}¦{"a":1,}{"a":2,}¦[{"a": 1}, {"b": 2}¦[1, {"a": 1}¦{"hello"}¦{"a", "b"}
-¦{return "a": 1}¦{this is not json}¦{"a": {1, 2}}¦{"a": [1, 2, "b": 3}
-¦The set {x} is open¦if (a) { return b; }¦body { color: red; }¦I cannot call {tool} now.
-¦awk '{print $1}'¦https://x.y/z?a={b}¦Error: {code} not found¦git commit -m "x"
-¦SELECT * FROM t WHERE a = {a}¦<tool_call></tool_call>¦function() { return 1 }"""
+LEFT_ALONE = r"""¦   ¦hello¦"¦}{¦[1, 2¦key: value¦{"hello"}¦{"a": {1, 2}}¦{return "a": 1}
+¦{"a": [1, 2, "b": 3}¦{"a": 1}{"b": 2}¦{"a":1,}{"a":2,}¦[{"a": 1}, {"b": 2}
+¦[1, {"a": 1}¦{{name}}¦The set {x} is open¦body { color: red; }"""
 
 VALID = [
     *("{}", ' {"a" : 1.50,\n"b":[ ]} ', '"{\\"a\\": 1}"', '[{"a": 1}]'),
     *('{"a": "\\ud83d", "a": 1e999}', '{"a": "x\\", \\"b\\": 1}"}'),
     "[" * 300 + "]" * 300,
     "[" * 100_000 + "{}" + "]" * 100_000,
+    *('{"a":' + opener * 500 for opener in ('{"a":', "{x:(")),  # too deep to repair
     '{"a": ' + "9" * 100_000 + "}",
 ]
 
@@ -6409,14 +6153,8 @@ def test_broken_arguments_become_the_object_that_is_meant_and_all_else_stays():
         assert fake.parsed(repair_arguments(text)) == json.loads(meant), row
     for text in [*re.split("\n?¦", LEFT_ALONE), *VALID]:
         assert repair_arguments(text) == text
-        if text in VALID and text[0] == "{":
+        if text in VALID and text[0] == "{" and text[-1] == "}":
             assert repair_arguments(f"<tool_call>{text}</tool_call>") == text
-
-
-def test_depth_is_bounded():
-    for opener in ('{"a":', "[", '{"a":[', "{x:("):
-        deep = '{"a":' + opener * 500
-        assert repair_arguments(deep) == deep
     assert isinstance(json.loads(repair_arguments('{"a":' * 300)), dict)
 
 
@@ -6506,18 +6244,14 @@ HOSTILE = [
 STARTS = ["", '{"a": ', '{"a": x', "{'a': '", '{"a": {"b": ["']
 
 
-def seconds(text):
-    start = time.thread_time()
-    repair_arguments(text)
-    return time.thread_time() - start
-
-
 @pytest.mark.parametrize("start", STARTS)
 def test_time_is_linear_whatever_comes(start):
+    def seconds(length):
+        text = start + unit * (length // len(unit))
+        return seconds_of(lambda: repair_arguments(text), tries=1)
+
     for unit in HOSTILE:
-        small = start + unit * (2500 // len(unit))
-        large = start + unit * (10_000 // len(unit))
-        ratios = (seconds(large) / max(seconds(small), 0.001) for _ in range(5))
+        ratios = (seconds(10_000) / max(seconds(2500), 0.001) for _ in range(5))
         assert any(ratio < 6 for ratio in ratios), unit  # four, if it is linear
 
 
@@ -6586,20 +6320,15 @@ def through(stream, *cuts):
 
 def arguments_in(stream):
     """The arguments that a client puts together, by choice and tool, or by block."""
-    calls = {}
-    for line in stream.decode().splitlines():
-        if not line.startswith("data:") or "[DONE]" in line:
-            continue
-        payload = json.loads(line[5:])
-        parts = []
+    calls = collections.defaultdict(str)
+    for data in re.findall("^data:(.*[}])", stream.decode(), re.MULTILINE):
+        payload = json.loads(data)
         for choice in payload.get("choices", ()):
             for tool in choice["delta"].get("tool_calls", ()):
-                parts.append(((choice["index"], tool["index"]), tool["function"]))
+                key = choice["index"], tool["index"]
+                calls[key] += tool["function"].get("arguments", "")
         if "partial_json" in payload.get("delta", ()):
-            text = payload["delta"]["partial_json"]
-            parts.append((payload["index"], {"arguments": text}))
-        for key, function in parts:
-            calls[key] = calls.get(key, "") + function.get("arguments", "")
+            calls[payload["index"]] += payload["delta"]["partial_json"]
     return calls
 
 
@@ -6622,49 +6351,28 @@ def test_calls_in_a_stream_are_repaired_or_pass_however_it_is_cut(eol):
         assert out.count(eol.encode()) == stream.count(eol.encode())
 
 
-def by_turns(*texts):
-    """Two calls, or choices, of which the fragments come by turns."""
-    names = [chunk(call("", number, id=str(number))) for number in (0, 1)]
-    pairs = itertools.zip_longest(*map(fragments, texts), fillvalue="")
-    turns = [turn for pair in pairs for turn in enumerate(pair)]
-    parts = [chunk(call(part, number)) for number, part in turns if part]
-    return [*names, *parts]
-
-
-def two_calls(second):
-    return [
-        *one_call(BAD, None),
-        chunk(call("", 1, id="2")),
-        *(chunk(call(part, 1)) for part in fragments(second)),
-    ]
-
-
 BOTH = {"tool_calls": call(BAD, 0)["tool_calls"] + call(GOOD, 1)["tool_calls"]}
 NEXT_BLOCK = {"type": "content_block_start", "index": 2, "content_block": {}}
-ERROR = {"error": {"message": "x"}}
-CHOICES = [chunk(call(part), index=i) for part in fragments(BAD) for i in (0, 1)]
 
 # What a stream holds: which of its calls are repaired, and which stay as they are.
 STREAMS = {
     "no reason but [DONE]": (one_call(BAD, None), "repaired"),
-    "length": (one_call(BAD, "length"), "kept"),
-    "length after by turns": ([*by_turns(BAD, BAD), chunk({}, "length")], "repaired kept"),
     "max_tokens": (message(BAD, "max_tokens"), "kept"),
-    "error": ([*one_call(BAD, None), ERROR], "kept"),
+    "error": ([*one_call(BAD, None), {"error": {"message": "x"}}], "kept"),
     "error of Anthropic": ([*message(BAD)[:-4], {"type": "error"}], "kept"),
     "a later block": (message(BAD, "max_tokens", NEXT_BLOCK), "repaired"),
-    "the last call cut": ([*two_calls(BAD), chunk({}, "length")], "repaired kept"),
-    "the last call begun": ([*two_calls(""), chunk({}, "length")], "repaired"),
-    "by turns": ([*by_turns(BAD, BAD), chunk({}, "stop")], "repaired repaired"),
-    "by turns, the first cut": (
-        [*by_turns(BAD[:6], GOOD), chunk(call(BAD[6:])), chunk({}, "length")],
-        "kept kept",
+    "the last call begun": (
+        [*one_call(BAD, None), chunk(call("", 1, id="2")), chunk({}, "length")],
+        "repaired",
     ),
-    "one chunk": ([chunk(BOTH), chunk({}, "stop")], "repaired kept"),
+    "by turns, the first cut": (
+        [chunk(call(BAD[:6])), chunk(call(BAD, 1)), chunk(call(BAD[6:]), "length")],
+        "kept repaired",
+    ),
     "one chunk with its end": ([chunk(BOTH, "stop")], "repaired kept"),
     "one chunk, cut": ([chunk(call(BAD, id="1"), "length")], "kept"),
     "each choice by itself": (
-        [*CHOICES, chunk({}, "stop", 0), chunk({}, "length", 1)],
+        [chunk(call(BAD), reason, i) for i, reason in enumerate(("stop", "length"))],
         "repaired kept",
     ),
 }
@@ -6723,24 +6431,6 @@ def test_no_stream_is_too_strange():
         repair_body(stream)
 
 
-def replaced(value, key, other):
-    if isinstance(value, list):
-        return [replaced(entry, key, other) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    pairs = [(name, replaced(entry, key, other)) for name, entry in value.items()]
-    return {name: other if name == key else entry for name, entry in pairs}
-
-
-@pytest.mark.parametrize("other", [None, [], {}, 1, "x", True, [None], [[]], [{}]])
-def test_no_type_in_an_event_is_taken_for_granted(other):
-    keys = "choices delta tool_calls function arguments index finish_reason type"
-    for key in f"{keys} partial_json stop_reason message content input".split():
-        for payloads in (one_call(BAD), message(BAD)):
-            through(events([{**replaced(p, key, other), "id": 1} for p in payloads]))
-        repair_body(json.dumps(replaced(completion(BAD), key, other)).encode())
-
-
 # Answers that are no stream.
 
 
@@ -6777,13 +6467,6 @@ def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
 
-UNCHANGED = [
-    *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("no object")),
-    *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
-    *(anthropic("no object"), anthropic(None), {"error": {"message": "x"}}, [], None),
-]
-
-
 def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     body = completion(BAD)
     body["choices"] += completion(BAD, "length")["choices"]
@@ -6796,10 +6479,15 @@ def test_only_the_last_call_of_a_choice_that_was_cut_off_stays():
     assert [text == BAD for text in calls] == [False, False, True]
 
 
-@pytest.mark.parametrize("answer", UNCHANGED)
-def test_a_body_that_needs_no_repair_stays_byte_for_byte(answer):
-    body = json.dumps(answer, indent=1, ensure_ascii=False).encode()
-    for body in (body, b"", b"\xff", b"{", b'{"tool_calls":' + b"[" * 100_000):
+def test_a_body_that_needs_no_repair_stays_byte_for_byte():
+    answers = [
+        *(completion('{"a": "\u00e9"}'), completion(BAD, "length"), completion("none")),
+        *(anthropic({}), anthropic([{"a": 1}, {"b": 2}]), anthropic(BAD, "max_tokens")),
+        *(anthropic("none"), anthropic(None), {"choices": 1, "tool_calls": []}, None),
+    ]
+    texts = [json.dumps(each, indent=1, ensure_ascii=False) for each in answers]
+    bodies = [*map(str.encode, texts), b"\xff", b'{"tool_calls":' + b"[" * 100_000]
+    for body in bodies:
         assert repair_body(body) == body
 
 
@@ -6837,16 +6525,6 @@ def calls_of(proxy, path, model="mended", **wish):
     return [fake.parsed(each) if isinstance(each, str) else each for each in calls]
 
 
-def through_llmswap(proxy, head, body, status="200 OK"):
-    """The answer to a request to which the backend answers with just these bytes."""
-    lines = f"HTTP/1.1 {status}\n{head}\nContent-Length: {len(body)}"
-    return proxy.post("/upstream/mended/raw", http(lines, body))
-
-
-EVENT_STREAM = "Content-Type: text/event-stream"
-JSON = "Content-Type: application/json"
-
-
 @each_api
 def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
     for stream in (False, True):
@@ -6860,39 +6538,35 @@ def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
 
 def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
     broken, streamed = json.dumps(completion(BAD)).encode(), events(one_call(BAD))
-    passing = [
-        (JSON, json.dumps(completion(GOOD), indent=1).encode(), "200 OK"),
-        (EVENT_STREAM, events(one_call(GOOD)), "200 OK"),
-        (JSON, broken, "500 Internal Server Error"),
-    ]
-    for coding in ("gzip", "br", "identity, gzip"):
-        for kind, body in ((JSON, broken), (EVENT_STREAM, streamed)):
-            for body in (gzip.compress(body), body):  # the latter shows that none looks
-                head = f"{kind}\nContent-Encoding: {coding}"
-                passing.append((head, body, "200 OK"))
-    for head, body, status in passing:
-        answer = through_llmswap(repairing, head, body, status)
-        assert answer.body == body and answer.status == int(status[:3])
-        coding = head.partition("Encoding: ")[2] or None
-        assert answer.headers.get("content-encoding") == coding
-    answer = repairing.post("/upstream/mended/echo", {}, {"Accept-Encoding": "gzip"})
-    names = {name.lower() for name, _ in answer.json()["headers"]}
-    assert "accept-encoding" not in names
+    coded = "gzip\nContent-Encoding: gzip"  # as it is said to be, none looks into it
+    for kind, body, status in (
+        ("application/json", json.dumps(completion(GOOD), indent=1).encode(), 200),
+        ("text/event-stream", events(one_call(GOOD)), 200),
+        ("application/json", broken, 500),
+        (f"application/json; {coded}", broken, 200),
+        (f"text/event-stream; {coded}", streamed, 200),
+    ):
+        head = f"HTTP/1.1 {status}\nContent-Type: {kind}\nContent-Length: {len(body)}"
+        answer = repairing.post("/upstream/mended/raw", http(head, body))
+        assert (answer.status, answer.body) == (status, body)
+        assert (answer.headers.get("content-encoding") == "gzip") is (coded in kind)
+    for method, body in (("GET", None), ("POST", {})):  # which is read for its usage
+        fields = {"Accept-Encoding": "gzip"}
+        answer = repairing.ask(method, "/upstream/mended/echo", body, fields)
+        assert ("accept-encoding" in echoed(answer)) == (method == "GET")
 
 
 @each_api
 def test_text_flows_while_the_arguments_are_held(repairing, path):
-    body = dict(text="Let me see", arguments=BROKEN_CALL, fragment=8, stall=4)
-    body["stream"] = True
-    with Stream(repairing.port, path, {"model": "mended", **body}) as stream:
+    wish = dict(text="Let me see", arguments=BROKEN_CALL, fragment=8, stall=4)
+    body = {"model": "mended", "stream": True, **wish}
+    with Stream(repairing.port, path, body) as stream:
         seen = ""
         for event in stream.events():  # after three fragments nothing comes any more
             seen += event
             if "Let me see" in seen and "tool0" in seen:
                 break
         assert "path" not in seen
-    with Stream(repairing.port, path, {"model": "as-is", **body}) as stream:
-        assert any("path" in event for event in stream.events())
 
 
 @each_api
@@ -7021,7 +6695,8 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     with watchful(f"{text}[b]\ncmd = FAKE {flags}\n") as server:
         with server.stream("a", interval=0.2), server.stream("b") as stream:
             *chunks, last = stream.documents()
-        assert {row["status"] for row in ended_rows(server, 2)} == {200, 502}
+        statuses = lambda: {row["status"] for row in rows_of(server)}  # noqa: E731
+        eventually(lambda: statuses() == {200, 502})  # though both heads said 200
     notices = [each["choices"][0]["delta"]["reasoning_content"] for each in chunks]
     assert notices[0] == "waiting for room for b\n"
     assert re.fullmatch(r"loading b, \d s\n", notices[-1])
@@ -8933,7 +8608,7 @@ def test_a_client_that_waits_for_an_estimate_gets_comments_and_may_leave(tmp_pat
     with watchful(text) as server:
         with server.stream("a") as stream:  # its head is there
             assert next(stream.client.pieces(stream.status, stream.headers))[:1] == b":"
-        eventually(lambda: ended_rows(server, 1)[0]["status"] == 499)
+        eventually(lambda: rows_of(server)[0]["status"] == 499)
         assert "a: loading" not in server.log()
 
 

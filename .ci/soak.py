@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from hashlib import sha256
+from pathlib import Path
 
 from test_llmswap import (
     BrokenAnswer,
@@ -25,7 +26,6 @@ from test_llmswap import (
     Stream,
     UpstreamResponse,
     chat_body,
-    connections_of,
     eventually,
     family,
     soak_size,
@@ -742,7 +742,7 @@ class SoakRun:
             eventually(lambda: not self._grown(server, most), 30, every=0.5)
         self.sizes["after"] = soak_size(server.pid)
         for grown in self._grown(server, most):
-            held = connections_of(server.pid) if "descriptors" in grown else {}
+            held = soak_connections(server.pid) if "descriptors" in grown else {}
             tally.violate(f"not given back: {grown} {held}")
         for name, slack in SOAK_GROWTH.items():
             if late[name] > early[name] + slack:
@@ -759,6 +759,19 @@ class SoakRun:
             for name in most
             if now[name] > most[name]
         ]
+
+
+def soak_connections(pid):
+    """{name: local address, remote address and state, as the kernel writes them} of
+    a process's TCP connections."""
+    names = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.add(os.readlink(path))
+    with open("/proc/net/tcp") as file:
+        rows = [line.split() for line in file]
+    sockets = {f"socket:[{row[9]}]": " ".join(row[1:4]) for row in rows}
+    return {name: sockets[name] for name in sockets if name in names}
 
 
 def soak_print(tally, sizes):
