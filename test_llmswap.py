@@ -913,7 +913,9 @@ OPTIONS = llmswap.parse_help(HELP)
       "ab-cd-ef-01-23-45": bytes.fromhex("abcdef012345")},
      ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45"]),
     ("proxy", {"https://h:1/base": "https://h:1/base"},
-     ["", "h:1", "ftp://h", "http://", "http://h/a b"]),
+     ["", "h:1", "ftp://h", "http://", "http://h/a b", "http://h:80800", "http://h:0",
+      "http://[::1:80"]),
+    ("allowed-hosts", {"My-Box, b": ("my-box", "b")}, []),
     ("loading-notice", {"OFF": "off"}, ["", "on"]),
 ])
 def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
@@ -1580,6 +1582,15 @@ Without a ticket a failed load is not retried, and the victim serves on
     5    end 2           -> grant 3
     6    ask b           -> start b
 
+A ticket that may not load is refused once its model is to go
+    a b | patience=0
+    0    serve a 1
+    0    busy a
+    9    ask b
+    9    ask a no-load       -> refuse 4: invalid_request
+    9    end 2           -> evicted a for b
+    9    ask a no-load       -> refuse 5: invalid_request
+
 A changed model drains and is replaced, and its tickets wait
     a
     0    busy a
@@ -1967,7 +1978,7 @@ class Story:
         """Nothing but time passes."""
 
     def _ask(self, now, name, kind=None):
-        kinds = {kind: True} if kind else {}
+        kinds = {"no-load": {"may_load": False}, None: {}}.get(kind, {kind: True})
         self.tickets.append(self.core.submit(name, now, **kinds))
 
     def _end(self, now, number):
@@ -2163,6 +2174,28 @@ def test_many_victims_are_chosen_in_bounded_steps_and_without_waste():
     words, count = decide_and_count(stage, 99)
     assert words == [f"evicted m{i} for new" for i in range(30)]
     assert count < 200_000
+
+
+def test_a_decision_with_a_hundred_models_and_learned_needs_is_quick():
+    names = [f"m{i}" for i in range(100)]
+    specs = {name: llmswap.ModelSpec(needs={"vram": 24, "ram": 64}) for name in names}
+    limits = llmswap.Limits(models_max=0, budget={"vram": 24, "ram": 64}, queue_max=0)
+    core, seconds = llmswap.Scheduler(limits, specs), []
+    for now, name in enumerate(names * 3):
+        core.submit(name, float(now))
+        began = time.thread_time()
+        decisions, _ = core.decide(float(now))
+        seconds.append(time.thread_time() - began)
+        for decision in decisions:
+            if isinstance(decision, llmswap.Start):
+                core.loaded(decision.name, decision.run, float(now))
+                core.learn(decision.name, {"vram": 1 + now % 5, "ram": 1 + now % 7})
+            elif isinstance(decision, llmswap.Stop):
+                core.exited(decision.name, decision.run, float(now))
+            elif isinstance(decision, llmswap.Grant):
+                core.finish(decision.ticket, float(now))
+    assert len(core.held) > 3
+    assert statistics.median(seconds) < 0.01
 
 
 @pytest.mark.parametrize("is_calm", [False, True])
@@ -5227,7 +5260,16 @@ def test_without_autoload_models_are_loaded_by_hand():
             server.post(f"/models/{action}", {"model": "a"})
             eventually(lambda: server.states()["a"] == state)
             assert (server.chat("a").status == 200) == (action == "load")
+        assert server.post("/upstream/a/x?autoload=false").status == 400
         assert server.post(f"{CHAT}?autoload=true", chat_body("a")).status == 200
+
+
+def test_what_is_kept_loaded_returns_although_no_request_may_load():
+    text = "[llmswap]\nmodels-autoload = off\n[a]\ncmd = FAKE\nkeep-loaded = on\n"
+    with Llmswap(text) as server:
+        eventually(lambda: server.states()["a"] == "loaded")
+        assert server.get("/unload").status == 200
+        eventually(lambda: server.chat("a").status == 200)
 
 
 def test_paths_of_other_servers_are_answered_in_their_words(swap):
@@ -5329,6 +5371,36 @@ def test_a_request_in_flight_is_shown_and_can_be_cancelled():
             assert b"request_cancelled" in stream.raw
         eventually(lambda: server.get("/health").json()["requests"] == 0)
         assert server.post("/api/requests/1/stop").status == 404
+
+
+def test_a_request_that_is_refused_once_it_was_cancelled_is_answered():
+    with Llmswap("[a]\ncmd = FAKE --load 60") as server, server.connect() as client:
+        client.send("POST", CHAT, chat_body("a"))
+        (row,) = eventually(lambda: rows_of(server))
+        server.post(f"/api/requests/{row['id']}/cancel")
+        server.post("/models/unload", {"model": "a"})  # before the cancel is noticed
+        assert client.answer().status in (499, 503)
+
+
+FORM_THAT_STALLS = (
+    b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n"
+    b"Content-Type: multipart/form-data; boundary=X\r\n\r\n"
+    b'--X\r\nContent-Disposition: form-data; name="model"\r\n\r\na\r\n--X\r\n'
+)
+
+
+@pytest.mark.parametrize("is_upload", [False, True])
+def test_a_cancel_ends_the_request_of_a_client_that_does_nothing(is_upload):
+    with Llmswap("[a]\ncmd = FAKE") as server, server.connect() as client:
+        if is_upload:
+            client.sock.sendall(FORM_THAT_STALLS + bytes(3_000_000))
+        else:
+            client.send("POST", CHAT, chat_body("a", size=60_000_000))
+        in_flight = lambda: rows_of(server)[0]["waited"] is not None  # noqa: E731
+        (row,) = eventually(lambda: rows_of(server))
+        eventually(in_flight)
+        server.post(f"/api/requests/{row['id']}/cancel")
+        eventually(lambda: rows_of(server)[0]["status"] == 499, 10)
 
 
 def test_five_hundred_requests_are_remembered_in_a_megabyte():
@@ -9278,6 +9350,32 @@ def go_on(server, messages):
     messages.append({"role": "user", "content": "and then"})
     timings = answer["timings"]
     return timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
+
+
+def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkeypatch):
+    (tmp_path / "fault").write_text("save slow")  # half a second
+    (tmp_path / "pool.ini").write_text(context_file(tmp_path))
+    config, exited = llmswap.load_config(str(tmp_path / "pool.ini")), queue.SimpleQueue()
+
+    class Spy(llmswap.Scheduler):
+        def exited(self, name, *report):
+            victim = super().exited(name, *report)
+            exited.put((name, self.models[name].stop_seconds))
+            return victim
+
+    monkeypatch.setattr(llmswap, "Scheduler", Spy)
+    pool = llmswap.Pool(config, lambda *_: None)
+    pool.start()
+    try:
+        request = PoolRequest(pool, "a")
+        port = request.granted().port
+        assert ask(port, "POST", CHAT, chat_body("a", prompt_tokens=4500)).status == 200
+        request.end()
+        PoolRequest(pool, "b").end()
+        name, seconds = exited.get(timeout=10)
+        assert name == "a" and seconds >= 0.5
+    finally:
+        pool.close(0)
 
 
 @with_llama_server
