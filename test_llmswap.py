@@ -6865,10 +6865,10 @@ proxy = http://192.168.11.12:8080
 """
 
 
-def check(path):
+def check(path, **options):
     """What `llmswap.py FILE --check` prints, on both streams, and its exit status."""
     words = [sys.executable, llmswap_file(), str(path), "--check"]
-    return subprocess.run(words, capture_output=True, encoding="utf-8")
+    return subprocess.run(words, capture_output=True, encoding="utf-8", **options)
 
 
 def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
