@@ -278,10 +278,11 @@ parse_score = pattern(
 
 def parse_url(text) -> str:
     """Return the URL of a server: with a host, a valid port or none, and no query."""
-    port = 0
+    is_usable = False
     with contextlib.suppress(ValueError):  # of the port, or of a bracket
-        port = urllib.parse.urlsplit(text).port
-    if port == 0 or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        parts = urllib.parse.urlsplit(text)
+        is_usable = parts.hostname and parts.port != 0
+    if not is_usable or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
         raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
     return text
 
@@ -1975,7 +1976,10 @@ class Scheduler:
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
-        if not (is_first and model.needs_room and model.waiting):
+        is_wanted = any(
+            ticket.model is model and ticket.may_load for ticket in self._queue.values()
+        )
+        if not (is_first and model.needs_room and is_wanted):
             return None
         candidates = (each for each in self.held.values()
                       if each is not model and self._is_evictable(each))
@@ -2390,6 +2394,7 @@ class Scheduler:
 POLL_INTERVAL = 0.5  # s between two checks that a silent client is still connected
 HEALTH_TIMEOUT = 5.0  # s; a health check that is not answered by then is repeated
 IDLE_CONNECTIONS = 16  # kept to one backend
+MAX_WAIT = 2000000.0  # s; poll(), which has milliseconds, takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
@@ -2699,7 +2704,7 @@ class Guard:
     from a dead one. Any thread may call.
     """
 
-    current = None  # the last Guard, until it is closed
+    current = None  # the one of this process
 
     def __init__(self):
         Guard.current = self
@@ -2741,7 +2746,6 @@ class Guard:
 
     def close(self):
         """Kill the groups that are left, and end the guard."""
-        Guard.current = None
         for group in [*self._groups]:
             with contextlib.suppress(OSError):
                 os.killpg(group, signal.SIGKILL)
@@ -2789,15 +2793,13 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
-    deadline, guard = time.monotonic() + timeout, Guard.current
+    deadline, guard = time.monotonic() + timeout, Guard.current or Guard()
     try:
-        if guard:
-            guard.start()
+        guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
-    if guard:
-        guard.watch(process.pid)
+    guard.watch(process.pid)
     with process.stdout:
         output = None
         while output is None:
@@ -2812,8 +2814,7 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if guard:
-        guard.forget(process.pid)
+    guard.forget(process.pid)
     return status, output.decode("utf-8", "replace").strip()
 
 
@@ -3270,7 +3271,7 @@ class Backend:
         limit = self.model.settings.load_timeout or math.inf
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(limit, MAX_DURATION), requests):
+        if self._probe_all(min(limit, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         self._is_asleep = False
@@ -4301,8 +4302,11 @@ class Needs:
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._known = self._read()
-        self._is_saved = True
+        self._known, self._is_saved = {}, True
+        try:
+            self._known = self._read()
+        except OSError as error:
+            log("warning", f"{self._path} cannot be read: {error}")
         self._estimating = threading.Lock()
         self._saving = threading.Lock()
 
@@ -4380,11 +4384,11 @@ class Needs:
             if self._is_saved:
                 return
             self._is_saved = True
-            rows = {**self._read(), **self._known}
-            needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
-            document = {"version": 1, "needs": needs}
             fresh = f"{self._path}.{os.getpid()}"
             try:
+                rows = {**self._read(), **self._known}
+                needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
+                document = {"version": 1, "needs": needs}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 with open(fresh, "w", encoding="utf-8") as file:
                     json.dump(document, file, indent=1)
@@ -4393,7 +4397,7 @@ class Needs:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; one that cannot be read is set aside."""
+        """Return what the file holds; a malformed one is set aside. Raise OSError."""
         try:
             rows = {}
             with open(self._path, encoding="utf-8") as file:
@@ -4405,9 +4409,6 @@ class Needs:
                 rows[key] = Known(**{**row, "amounts": amounts})
             return rows
         except FileNotFoundError:
-            return {}
-        except OSError as error:
-            self._log("warning", f"{self._path} cannot be read: {error}")
             return {}
         except MALFORMED as error:
             text = f"{self._path} cannot be read and is set aside: {error}"
@@ -4698,7 +4699,7 @@ class Pool:
         self._contexts = ContextStore()
         self._log = log
         self._clock = clock
-        self._guard = Guard()
+        self._guard = Guard.current or Guard()
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
         self._outputs = {}  # by model: Broadcast of lines
@@ -4720,6 +4721,7 @@ class Pool:
         self._known_needs = {}  # by model: amounts and their source
         self._specs = self._find_specs()
         self._scheduler = Scheduler(limits, self._specs)
+        self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
@@ -4816,27 +4818,41 @@ class Pool:
         with self._lock:
             scheduled = self._scheduled(model)
             owner = self.config.models.get(scheduled.name)
-        if owner is None or scheduled.is_held:
-            return
-        outcome = concurrent.futures.Future()
-        try:
-            start_thread(self._prepare, "prepare", owner, scheduled, outcome)
-        except RuntimeError:  # no more threads can be started
-            self._prepare(owner, scheduled, outcome)
-        _await_result(outcome, disconnected)
+            if owner is None or scheduled.is_held:
+                return
+            new = concurrent.futures.Future()  # for all that wait for this model
+            outcome = self._preparations.setdefault(owner.name, new)
+        if outcome is new:
+            try:
+                start_thread(self._prepare, "prepare", owner, scheduled, outcome)
+            except RuntimeError:  # no more threads can be started
+                self._prepare(owner, scheduled, outcome)
+
+        def is_over():
+            if self._is_closed:
+                raise ShuttingDown("llmswap is shutting down")
+            return disconnected()
+
+        _await_result(outcome, is_over)
 
     def _prepare(self, model, scheduled, outcome):
+        problem = None
         try:
             check_start(model)
             self._estimate(model)
-            outcome.set_result(None)
-        except Exception as problem:
-            if isinstance(problem, LoadFailed):
-                self._log("error", f"{model.name} could not be started: {problem}")
-                with self._lock:
-                    if not scheduled.is_held:
-                        scheduled.last_failure = problem.with_traceback(None)
+        except LoadFailed as error:
+            problem = error.with_traceback(None)
+            self._log("error", f"{model.name} could not be started: {problem}")
+        except Exception as error:  # a bug, or no descriptor is left
+            problem = error
+        with self._lock:
+            del self._preparations[model.name]
+            if isinstance(problem, LoadFailed) and not scheduled.is_held:
+                scheduled.last_failure = problem
+        if problem:
             outcome.set_exception(problem)
+        else:
+            outcome.set_result(None)
 
     def _scheduled(self, model):
         """Return the ModelState that serves this model now; raise ModelNotFound if a
@@ -5831,7 +5847,7 @@ class Body:
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
-        self.on_tick = lambda: None  # called after POLL_INTERVAL without a byte
+        self.on_tick = lambda: None  # called before each piece, and while none comes
 
     def _check_size(self, size):
         if size > self._limit:
@@ -5864,6 +5880,7 @@ class Body:
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held as it arrives; then the body cannot be sent again."""
         while not self.is_complete:
+            self.on_tick()
             yield self._next_piece()
 
     def _next_piece(self):
@@ -6345,15 +6362,16 @@ def _pass_on_as_event(answer, response):
     with contextlib.suppress(Truncated, StopIteration):
         while len(payload) <= SMALL_BODY:
             payload += next(pieces)
+            response.check_cancelled()
+    text = payload[:2000].decode("utf-8", "replace")
+    problem = APIError(f"the backend answered {answer.status} and no events: {text}")
     try:
         body = {"error": json.loads(payload)["error"]}
     except MALFORMED:
-        text = payload[:2000].decode("utf-8", "replace")
-        text = f"the backend answered {answer.status} and no events: {text}"
-        body = error_body(APIError(text))
+        body = error_body(problem)
     response.send(response.error_event(body))
     response.end()
-    response.status = answer.status if answer.status >= 400 else 502  # as it is counted
+    response.status, response.problem = answer.status, problem  # as it is counted
 
 
 def _tunnel(answer, response):
@@ -7989,7 +8007,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         response = self.response
         if response is None or (self.model is None and response.status < 400):
             return
-        status = 502 if response.problem else response.status or 500
+        status = response.status or 500
+        if response.problem and status < 400:
+            status = 502
         status = 499 if isinstance(self.error, RequestCancelled) else status
         seconds = time.monotonic() - self.began
         usage = self.usage if status < 300 else Usage()
@@ -8113,7 +8133,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
-        if "*" in allowed or origin in allowed or self._is_own_origin(origin):
+        is_listed = "*" in allowed or origin.lower() in allowed
+        if is_listed or self._is_own_origin(origin):
             return True
         name = _host_name(origin.partition("://")[2])
         return "localhost" in allowed and name in ("localhost", "127.0.0.1", "[::1]")
@@ -8415,7 +8436,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.may_load = value in ("true", "1")
         if self.may_load or self.pool.backend_of(model, State.LOADING, State.LOADED):
             return True
-        self.pool.resume_keep_loaded()
+        if by_default and not value:
+            self.pool.resume_keep_loaded()
         return False
 
     def route_upstream(self, rest):
@@ -9466,7 +9488,7 @@ class Application:
     def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 once `_close` is done, or None after
         `timeout`."""
-        self._signals.settimeout(min(timeout, MAX_DURATION))
+        self._signals.settimeout(min(timeout, MAX_WAIT))
         with contextlib.suppress(socket.timeout, BlockingIOError):
             return self._signals.recv(1)[0]
 
