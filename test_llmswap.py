@@ -122,7 +122,7 @@ recent_ports = collections.deque(maxlen=500)  # that free_port gave
 
 
 def free_port():
-    """A port nobody listens on, below those that llmswap gives to model servers and the
+    """A port without listener, below those that llmswap gives to model servers and the
     kernel to clients, above those that browsers refuse, not one of another share of
     the same tests, and none that was given a short while ago."""
     while True:
@@ -141,10 +141,10 @@ def free_port():
 def eventually(condition, timeout=20.0, every=0.01):
     """What `condition` returns once that is true; AssertionError after `timeout`."""
     deadline = time.monotonic() + timeout
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
         time.sleep(every)
-    return found
+    return result
 
 
 class UpstreamResponse(NamedTuple):
@@ -172,7 +172,7 @@ def encoded(body):
 
 
 def request_head(method, path, length, headers=()):
-    """A head; what `headers` (pairs) says replaces what it would say by itself."""
+    """A request's head; `headers` are pairs, which replace the usual ones."""
     fields = {"Host": "127.0.0.1"}
     if length:
         fields["Content-Type"] = "application/json"
@@ -255,8 +255,8 @@ class Client:
     def _until(self, mark):
         while (end := self.buffer.find(mark)) < 0:
             self._receive()
-        found, self.buffer = self.buffer[:end], self.buffer[end + len(mark) :]
-        return found
+        piece, self.buffer = self.buffer[:end], self.buffer[end + len(mark) :]
+        return piece
 
     def _receive(self):
         data = self.sock.recv(262144)
@@ -341,7 +341,7 @@ class Stream:
 
 @lru_cache(maxsize=None)
 def compiled(path, name):
-    """The path of this Python file compiled, which saves each start that time."""
+    """The path of this Python file's bytecode, so that no start compiles it."""
     folder = tempfile.mkdtemp(prefix=f"{name}-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return py_compile.compile(path, os.path.join(folder, f"{name}.pyc"), doraise=True)
@@ -357,7 +357,7 @@ def fake_file():
 
 
 def llmswap_words(constants):
-    """What Python is to run to be llmswap, with other constants if there are any."""
+    """The arguments with which Python runs llmswap, with these constants."""
     if not constants:
         return [llmswap_file()]
     path = f"import sys; sys.path.insert(0, {os.path.dirname(llmswap_file())!r})"
@@ -387,13 +387,13 @@ def executable(path, script):
 def family(token):
     """{pid: command line} of the living processes that carry this token, in their
     environment or, where another user's cannot be read, as an argument."""
-    mark, found = f"{FAMILY}={token}\0".encode(), {}
+    mark, commands = f"{FAMILY}={token}\0".encode(), {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
             words = _read_proc(entry, "cmdline")
             if mark in words or mark in _read_proc(entry, "environ"):
-                found[int(entry)] = words.replace(b"\0", b" ").decode().strip()
-    return found
+                commands[int(entry)] = words.replace(b"\0", b" ").decode().strip()
+    return commands
 
 
 def _read_proc(pid, name):
@@ -403,13 +403,13 @@ def _read_proc(pid, name):
 
 def zombies_of(pid):
     """The pids of the dead children that process `pid` has not reaped."""
-    found = []
+    pids = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it ended meanwhile
             state, parent = _read_proc(entry, "stat").rpartition(b")")[2].split()[:2]
             if state == b"Z" and int(parent) == pid:
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 class Fake:
@@ -439,7 +439,7 @@ class Fake:
 
     def off(self):
         if self.process:
-            os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so still its number
+            os.killpg(self.pid, signal.SIGKILL)  # not reaped: the pid is its own
             self.process.wait()
             self.process = None
 
@@ -455,7 +455,7 @@ class Fake:
 
 
 def is_listening(port):
-    """Whether somebody accepts connections on this port of loopback."""
+    """Whether a process accepts connections on this port of loopback."""
     try:
         socket.create_connection(("127.0.0.1", port), 5).close()
     except OSError:
@@ -469,7 +469,7 @@ class Llmswap:
     The end is a SIGTERM, after which it must exit with status 0 and leave no process;
     a test that ends it otherwise calls `kill` or waits for `process` itself.
     `FAKE` in the text stands for the command of a fake server with a journal;
-    `constants` are those of llmswap.py that are to be others.
+    `constants` replace those of llmswap.py.
     """
 
     def __init__(self, text, *args, env=None, **constants):
@@ -528,7 +528,7 @@ class Llmswap:
         fake = fake_command("--journal", str(self.folder / "journal"))
         fresh = self.ini.with_suffix(".new")
         fresh.write_text(text.replace("FAKE", fake))
-        fresh.replace(self.ini)  # nobody ever reads half a file
+        fresh.replace(self.ini)  # atomic
 
     def reload(self, text):
         self.write(text)
@@ -540,7 +540,7 @@ class Llmswap:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def journal(self, event=None, model=None):
-        """The events of its fake servers' lives so far, of one kind, of one model."""
+        """The events of its fake servers so far, of this kind and model (None: all)."""
         path = self.folder / "journal"
         lines = path.read_text().splitlines() if path.exists() else []
         events = [json.loads(line) for line in lines]
@@ -592,10 +592,10 @@ def cpu_seconds(pid):
 
 
 def wakeups(pid):
-    """How often the threads of a process went to sleep so far, and were woken."""
+    """Voluntary context switches of the threads of a process so far."""
     texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    found = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", "".join(texts))
-    return sum(map(int, found))
+    counts = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", "".join(texts))
+    return sum(map(int, counts))
 
 
 def soak_size(pid):
@@ -644,7 +644,7 @@ def source_sections():
 
 def test_sections_stand_in_their_order_and_know_only_what_they_may():
     assert [*source_sections()] == [*FOREIGN_NAMES]
-    below = {  # with functions and classes, as nothing else has a name
+    below = {  # functions and classes; other nodes have no name
         getattr(node, "name", None)
         for nodes in source_sections().values() for node in nodes
     }  # fmt: skip
@@ -696,9 +696,9 @@ def section(title):
     """What stands under the heading that begins so, in the README or the recipes."""
     text = "".join(page.read_text() for page in PAGES)
     pattern = rf"^###? {re.escape(title)}.*\n((?:(?!##).*\n)*)"
-    found = re.findall(pattern, text, re.MULTILINE)
-    assert len(found) == 1, f"{len(found)} sections begin with {title!r}"
-    return found[0]
+    sections = re.findall(pattern, text, re.MULTILINE)
+    assert len(sections) == 1, f"{len(sections)} sections begin with {title!r}"
+    return sections[0]
 
 
 def anchors(page):
@@ -767,9 +767,9 @@ def test_the_example_shows_every_key_once_at_its_default(section, keys):
     text = HERE.with_name("example.ini").read_text()
     manual = text.partition(f"\n[{section}]\n")[2].partition("\n[")[0]
     shown = re.findall(r"((?:^; .*\n)+);?([\w.-]+) =(.*)\n", manual, re.MULTILINE)
-    others = {"idle-timeout": "15m"}  # it is set, so that the example gives back memory
+    overrides = {"idle-timeout": "15m"}  # so that the example gives back memory
     for (help, name, value), key in itertools.zip_longest(shown, keys):
-        assert name == key.name and value.strip() == others.get(name, key.default)
+        assert name == key.name and value.strip() == overrides.get(name, key.default)
         text = " ".join(line[2:] for line in help.splitlines())
         assert text == key.help.replace("`", "")
 
@@ -815,13 +815,13 @@ def options(model, table=None):
 
 
 def without_router_options(argv):
-    kept, words = [], iter(argv[1:])
+    model_options, words = [], iter(argv[1:])
     for word in words:
         if word in ("--host", "--port", "--alias", "--log-colors"):
             next(words)
         else:
-            kept.append(word)
-    return kept
+            model_options.append(word)
+    return model_options
 
 
 # Like the output of llama-server --help, with many unused options.
@@ -1403,8 +1403,8 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
 def test_surprises_are_warned_of_once(tmp_path, text, warning):
     config = read(tmp_path, text)
     warnings = [*config.warnings, *config.pitfalls(lambda model: OPTIONS)]
-    found = [text for text in warnings if warning in text]
-    assert len(found) == 1 and found[0].startswith("m.ini:")
+    matches = [text for text in warnings if warning in text]
+    assert len(matches) == 1 and matches[0].startswith("m.ini:")
 
 
 @pytest.mark.parametrize("name, message", [
@@ -2124,7 +2124,7 @@ def test_two_groups_of_clients_in_closed_loops_need_few_loads(
     specs = {name: llmswap.ModelSpec() for name in "ab"}
     takes, served = {"load": 0.5, "stop": 0.02}, []
     scheduler = llmswap.Scheduler(llmswap.Limits(), specs)
-    world = World(scheduler, lambda what, name: takes[what])
+    world = World(scheduler, lambda kind, name: takes[kind])
     for i, name in enumerate("ab" * clients):
         client = ask_in_a_loop, world, name, requests, thinking, served
         world.after(i / 100, *client)
@@ -2148,7 +2148,7 @@ def crowded_stage(models, loaded, more=""):
 def decide_and_count(stage, now):
     """The decisions, and how many Python calls they took."""
     calls = []
-    sys.setprofile(lambda frame, event, what: event == "call" and calls.append(1))
+    sys.setprofile(lambda frame, event, argument: event == "call" and calls.append(1))
     words, _ = stage.decide(now)
     sys.setprofile(None)
     return words, len(calls)
@@ -2216,28 +2216,28 @@ class WatchedBackend:
     """A backend in this process, and its listener."""
 
     def __init__(self, model, guard):
-        self.news = queue.SimpleQueue()
+        self.events = queue.SimpleQueue()
         self.backend = llmswap.ProcessBackend(model, self, guard, 0.0)
         self.backend.start()
 
     def on_loaded(self, _):
-        self.news.put("loaded")
+        self.events.put("loaded")
 
     def on_exited(self, _, problem):
-        self.news.put(problem)
+        self.events.put(problem)
 
     def on_line(self, *_):
-        """Of no concern here, as are the next ones."""
+        """Ignored, as are the next three."""
 
     on_dying = on_described = on_progress = on_line
 
     def loaded(self):
-        news = self.news.get(timeout=30)
-        assert news == "loaded", news
+        event = self.events.get(timeout=30)
+        assert event == "loaded", event
         return self.backend
 
     def exited(self):
-        problem = self.news.get(timeout=30)
+        problem = self.events.get(timeout=30)
         assert problem != "loaded"
         return problem
 
@@ -2261,7 +2261,7 @@ def guard():
 def begin(guard, tmp_path):
     """Start a backend of a model [m]: flags of the fake server, keys of the section.
 
-    What is left at the end is killed.
+    Backends that are left at the end are killed.
     """
     all_watched = []
 
@@ -2333,7 +2333,7 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
 
 @pytest.mark.parametrize("words, result", [
     ("echo out; exit 3", (3, "out")),
-    ("echo out; sleep 60 & exit 3", (3, "out")),  # which holds the pipe open
+    ("echo out; sleep 60 & exit 3", (3, "out")),  # sleep holds the pipe open
     ("echo out; sleep 60", (None, "out")),
     (None, (None, "/no/such/file: No such file or directory")),
 ])  # fmt: skip
@@ -2359,8 +2359,8 @@ def test_half_a_help_of_a_binary_that_was_killed_is_not_believed(tmp_path, monke
 def test_a_relative_folder_of_the_path_is_below_the_models_own(tmp_path):
     (tmp_path / "bin").mkdir()
     binary = executable(tmp_path / "bin" / "server", "true")
-    found = llmswap.find_program("server", {"PATH": "bin:/usr/bin"}, str(tmp_path))
-    assert found == binary
+    program = llmswap.find_program("server", {"PATH": "bin:/usr/bin"}, str(tmp_path))
+    assert program == binary
     with pytest.raises(llmswap.LoadFailed):
         llmswap.find_program("server", {"PATH": "bin:/usr/bin"}, None)
 
@@ -2388,10 +2388,10 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     assert "exited with status 3" in str(watched.exited())
     os.close(inherited)
     lines = list(watched.backend.lines)
-    assert lines[:5] == ["777", "0", "1", "2", "3"]  # the last one is of ls itself
+    assert lines[:5] == ["777", "0", "1", "2", "3"]  # 3 is that of ls itself
     masks = {line[:6]: int(line[8:], 16) for line in lines if line.startswith("Sig")}
     ignored = re.search(r"SigIgn:\t(\w+)", Path("/proc/self/status").read_text())[1]
-    ours = int(ignored, 16) & ~(1 << signal.SIGPIPE - 1)  # nohup's, for one
+    ours = int(ignored, 16) & ~(1 << signal.SIGPIPE - 1)  # SIGHUP under nohup
     assert masks["SigBlk"] == 0 and masks["SigIgn"] & ~ours == 0, masks
     environment = dict(line.split("=", 1) for line in lines if "=" in line)
     assert environment["KEPT"] == "1"
@@ -2428,11 +2428,11 @@ def test_a_failed_load_is_told_with_its_reason_and_last_lines(
     assert "load_tensors: layer 0 of 1" in str(problem)
     assert problem.may_retry is False and problem.status == 502
     assert problem.is_out_of_memory == bool(kills)
-    assert problem.__traceback__ is None  # whose frames would keep descriptors open
+    assert problem.__traceback__ is None  # frames would keep descriptors open
 
 
 def test_a_load_without_a_sign_of_progress_is_given_up(begin, monkeypatch):
-    pages = itertools.count(0, 4096)  # one that is read now and then is none
+    pages = itertools.count(0, 4096)  # a page now and then is no progress
     monkeypatch.setattr(llmswap, "_kernel_counts", lambda *_: next(pages))
     monkeypatch.setattr(llmswap, "LOOK_AT_LOADS", 0.05)
     problem = begin("--load-hang", load_timeout=0.3).exited()
@@ -2466,7 +2466,7 @@ def test_a_load_that_goes_on_is_not_given_up(
     watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=1,
                  proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
     with pytest.raises(queue.Empty):
-        watched.news.get(timeout=1.5)
+        watched.events.get(timeout=1.5)
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.08])
@@ -2474,8 +2474,8 @@ def test_a_stop_at_any_moment_of_a_start_leaves_nothing(begin, delay):
     watched = begin("--load", "0.02")
     threading.Event().wait(delay)
     watched.backend.stop()
-    news = watched.news.get(timeout=5)
-    assert (watched.news.get(timeout=5) if news == "loaded" else news) is None
+    event = watched.events.get(timeout=5)
+    assert (watched.events.get(timeout=5) if event == "loaded" else event) is None
     assert not has_group(watched.backend.pid)
 
 
@@ -2503,7 +2503,7 @@ def test_a_stop_takes_no_longer_than_it_may(begin, flags, keys, is_loaded, least
 def test_workers_that_outlive_their_leader_are_killed(begin, monkeypatch, has_pidfd):
     if not has_pidfd:
         monkeypatch.delattr(os, "pidfd_open")
-    watched = begin("--grandchild")  # which holds its output open
+    watched = begin("--grandchild")  # a child that holds its output open
     backend = watched.loaded()
     stats = get(backend.port, "/stats")
     assert (stats["pid"], stats["oom_score_adj"]) == (backend.pid, 1000)
@@ -2515,12 +2515,12 @@ def test_workers_that_outlive_their_leader_are_killed(begin, monkeypatch, has_pi
 
 
 def test_a_stop_command_is_run_instead_and_may_finish(begin, tmp_path):
-    told = tmp_path / "told"
-    text = f"echo $1 $2 >{told}; kill -TERM $2; sleep 0.2; echo done >>{told}"
+    record = tmp_path / "told"
+    text = f"echo $1 $2 >{record}; kill -TERM $2; sleep 0.2; echo done >>{record}"
     watched = begin(cmd_stop=f"{script(tmp_path, text)} ${{PID}}")
     backend = watched.loaded()
     assert watched.stop() is None
-    assert told.read_text() == f"{backend.port} {backend.pid}\ndone\n"
+    assert record.read_text() == f"{backend.port} {backend.pid}\ndone\n"
 
 
 def test_a_stop_command_that_fails_without_a_word_is_reported():
@@ -2590,7 +2590,7 @@ def test_without_a_check_endpoint_ready_means_that_the_port_accepts(begin):
 
 @pytest.fixture
 def odd(begin):
-    """Start a backend whose server acts in an odd way."""
+    """Start a backend with the server .ci/odd.py."""
 
     def begin_odd(act, **keys):
         command = f"{sys.executable} -S {CI}/odd.py ${{PORT}} '{act}'"
@@ -2619,7 +2619,7 @@ def test_an_exit_ends_a_probe_whose_socket_a_worker_holds_open(odd, act):
 
 
 class Stranger:
-    """A process that takes a port when it is told, and tells what it hears."""
+    """A foreign process that can listen on a port; `heard` returns what it received."""
 
     def __init__(self, port=None):
         self.port, pipe = port, subprocess.PIPE
@@ -2628,7 +2628,7 @@ class Stranger:
         self._process = subprocess.Popen(words, **new)
         self.pid = self._process.pid
         birth = llmswap.process_stat(self.pid).start + 1
-        ticks = os.sysconf("SC_CLK_TCK")  # whoever is born after this wait is younger
+        ticks = os.sysconf("SC_CLK_TCK")  # later processes are younger
         eventually(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) * ticks > birth)
 
     def listen(self):
@@ -2642,7 +2642,7 @@ class Stranger:
 
 
 def kind_keys(kind, folder):
-    """What makes the model [m] a fake server of this kind."""
+    """The keys that make [m] a fake server of this kind."""
     if kind == "cmd":
         return {"cmd": fake_command("--bind-late", "--load", "0.15")}
     (folder / "m.gguf").touch()
@@ -2709,7 +2709,7 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     with pytest.raises(ConnectionRefusedError):
         backend.upstream.connect()
     stranger.listen()
-    backend.report_stall()  # whose health is good, but not the backend's
+    backend.report_stall()  # the port is open, but to the stranger
     eventually(lambda: backend.died(0))
     assert stranger.heard() == b""
 
@@ -2744,7 +2744,7 @@ def test_a_worker_may_be_the_server_and_close_its_output(begin, tmp_path):
     assert get(backend.port, "/stats")["pid"] != backend.pid
     cpu = time.process_time()
     threading.Event().wait(0.2)
-    assert time.process_time() - cpu < 0.03  # nobody spins on the end of its output
+    assert time.process_time() - cpu < 0.03  # no thread spins on the closed output
     assert watched.stop() is None
 
 
@@ -2758,15 +2758,15 @@ def test_a_silent_request_with_answering_health_is_left_alone(begin):
             backend.report_stall()
             eventually(lambda: backend._silent_since is None)
         assert get(backend.port, "/stats")["health"] > seen
-        assert watched.news.empty()
+        assert watched.events.empty()
     backend = begin().loaded()  # of `cmd`, which is not suspected by default
     backend.report_stall()
     assert backend._silent_since is None
 
 
 GPU_TOOLS = [
-    # the tool, what it does with the pid of a worker of the model that goes; is that
-    # waited for, and how long at most
+    # the tool and its script, where PID is a worker of the stopped model; does the next
+    # start wait for that worker as long as it may, and how long is that in s
     ("nvidia-smi", "echo 1; echo $PID", True, 0.5),
     ("rocm-smi", "echo 'PID  PROCESS'; echo \"$PID  python3  1  4096\"", True, 0.5),
     ("nvidia-smi", "echo 1; [ -e $0.asked ] || echo $PID; touch $0.asked", False, 2),
@@ -2858,7 +2858,7 @@ def test_the_guard_kills_the_groups_it_was_told_and_no_others(shell):
     groups = [subprocess.Popen(stubborn, stdout=pipe, **new) for _ in range(3)]
     for group in groups:
         with group.stdout as output:
-            assert output.readline()  # it is stubborn now
+            assert output.readline()  # its trap is set
     guard = subprocess.Popen([shell, "-c", llmswap.GUARD_SCRIPT], stdin=pipe, **new)
     signs = "+ {0}\n+ {1}\n- {1}\n+ {2}\n+ {2}\n- {2}\n"
     signs = signs.format(*(group.pid for group in groups))
@@ -2966,8 +2966,8 @@ class PoolStage:
         return PoolRequest(self.pool, name)
 
     def backend(self, name, number=-1):
-        found = lambda: [e for e in self.backends if e.model.name == name]  # noqa: E731
-        return eventually(found)[number]
+        runs = lambda: [e for e in self.backends if e.model.name == name]  # noqa: E731
+        return eventually(runs)[number]
 
     def state(self, name):
         return self.pool.status(self.pool.config.models[name]).state
@@ -2990,7 +2990,7 @@ def test_a_start_that_fails_at_once_blocks_nothing(stage, monkeypatch, error):
     def fail(*_):
         raise error
 
-    is_made = isinstance(error, RuntimeError)  # and cannot begin its backend
+    is_made = isinstance(error, RuntimeError)  # but cannot be started
     broken = (Puppet, "start") if is_made else (stage.pool, "_make_backend")
     with monkeypatch.context() as patch, stage.pool.events.subscribe() as get:
         patch.setattr(*broken, fail)
@@ -3144,7 +3144,7 @@ stop-timeout = 20
 
 
 def ask_later(server, model):
-    """Send a chat request and leave its answer alone."""
+    """Send a chat request, and read no answer."""
     client = server.connect()
     client.send("POST", CHAT, chat_body(model))
     return client
@@ -3181,7 +3181,7 @@ def test_sigkill_at_any_moment_leaves_nothing_of_any_group(moment):
 def test_a_command_that_hangs_ends_with_llmswap(tmp_path, number):
     binary = executable(tmp_path / "llama-server", "exec sleep 600")
     text = f"[llmswap]\nllama-server = {binary}\n[a]\nmodel = {binary}\n"
-    with Llmswap(text) as server:  # which asks the binary for its options
+    with Llmswap(text) as server:  # it asks the binary for its options
         eventually(lambda: "sleep 600" in family(server.token).values())
         server.process.send_signal(number)
         server.process.wait(30)
@@ -3221,7 +3221,7 @@ def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
         server.process.terminate()
         assert idle.sock.recv(1) == b""
         eventually(lambda: not is_listening(server.port))
-        server.process.send_signal(signal.SIGHUP)  # which is no second signal
+        server.process.send_signal(signal.SIGHUP)  # SIGHUP is no second signal
         refusal = waiting.answer()
         assert refusal.status == 503 and "retry-after" in refusal.headers
         assert "word39" in stream.text() and stream.is_complete
@@ -3854,7 +3854,7 @@ def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
 
 @contextmanager
 def ears():
-    """(keys, packets): those that wake a machine, and what they send, with the time."""
+    """(the keys of a machine to wake, the packets sent: [(time, bytes)])."""
     packets = []
     hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
     with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
@@ -3925,7 +3925,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             packet = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
             assert {data for _, data in packets} == {packet}
             assert server.chat("far").status == 200
-            assert len(packets) <= count + 1  # it answers: there is nobody to wake
+            assert len(packets) <= count + 1  # it answers: there is nothing to wake
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
@@ -4043,9 +4043,9 @@ def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(
     theirs, _ = upstream.listener.accept()
     with theirs:
         theirs.sendall(b"x" * 1000)
-        assert len(ours.recv(1000)) == 1000  # what was read leaves no trace
+        assert len(ours.recv(1000)) == 1000  # all is read
         act(theirs)
-        # nothing has come to it, its end included
+        # quiet: neither bytes nor an end have come
         eventually(lambda: not select.select([ours], [], [], 0)[0] == is_quiet)
         upstream.release_connection(ours)
         assert upstream.connect()[1] is is_quiet
@@ -4067,7 +4067,7 @@ def test_a_kept_connection_with_tls_holds_nothing_of_its_last_record(tmp_path):
 
 
 class Code(str):
-    """A constant that is to be written as it is."""
+    """Source text that is its own repr: a constant to be evaluated."""
 
     __repr__ = str.__str__
 
@@ -4075,16 +4075,16 @@ class Code(str):
 def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
     machine, tmp_path
 ):
-    """It is stopped as the machine would stop it; only the clocks' jump is played."""
+    """SIGSTOP stands for the suspension; the jump of the clocks is played."""
     eventually(machine.is_ready)
-    clock = tmp_path / "slept"  # an hour, once this is there
+    clock = tmp_path / "slept"  # once it exists, an hour was slept
     slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(clock)!r})")
     with brisk(remote_ini(machine.port), suspended_seconds=slept, FRESH=1e9) as server:
         assert server.chat("far").status == server.chat("near").status == 200
         before = machine.stats()
         with server.connect() as client:
             asked = client.ask("GET", "/upstream/near/stats").json()["health"]
-            # its thread is done with near's connection once it answers again
+            # its thread has released near's connection once it answers again
             eventually(lambda: client.ask("GET", "/health").json()["requests"] == 0)
         server.process.send_signal(signal.SIGSTOP)
         machine.process.send_signal(signal.SIGSTOP)
@@ -4217,7 +4217,7 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
             eventually(lambda t=turn: starts_of(server, "k") == t)
             ended, marks = time.time(), []
             while len(marks) < turn:
-                assert server.get("/v1/models").status == 200  # which is no use
+                assert server.get("/v1/models").status == 200  # no use of a model
                 marks = mark.read_text().split()
             assert float(marks[-1]) > ended + 0.45
             done = "idle-command ended with status 0"
@@ -4227,7 +4227,7 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
 
 
 GPU_USES = [
-    # the tool, what it is asked, what it answers while others use a GPU and while not
+    # the tool, its option, its output while other programs use a GPU, and otherwise
     ("nvidia-smi", "compute-apps", "PID, [N/A]", "", "holds GPU memory"),
     ("nvidia-smi", "utilization", "11\n[N/A]", "10\n[N/A]", "in use, 11 %"),
     ("rocm-smi", "showuse", "device,x\ncard0,97", "device,x\ncard0,3", "in use, 97 %"),
@@ -4498,7 +4498,7 @@ def test_a_body_is_held_whole_or_comes_piece_by_piece(is_chunked, size):
 
 
 def found_in(data, kind="application/json"):
-    """What is found in this body, and the body, read as far as that took."""
+    """(the RequestInfo of a body, the Body, read as far as that took)."""
     body = body_of(f"Content-Length: {len(data)}", data)
     return llmswap.find_model(body, kind), body
 
@@ -4679,7 +4679,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
     [(b"", None, True), (b"\n", None, True), (b"data: x\r\n\r\n", None, True),
      (b"data: x\r\r", None, True), (b"data: " + b"x" * 9999 + b"\n\n", None, True),
      (b"data: x\n", None, False),
-     (b"data: x\n\n", 500, False)],  # of a counted one nothing but what was counted
+     (b"data: x\n\n", 500, False)],  # counted: no byte may be added
 )  # fmt: skip
 def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
     payload, length, is_told, monkeypatch
@@ -4692,8 +4692,8 @@ def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
 
     monkeypatch.setattr(llmswap, "COMMENT_EVERY", 0.0)
     data, _, reply = replied(GET, act)
-    told = re.search(rb'data: \{"error":\{"message":"it died".*\}\}\n\n', data)
-    assert bool(told) is is_told and (b"\n:\n" in data) is is_told
+    error = re.search(rb'data: \{"error":\{"message":"it died".*\}\}\n\n', data)
+    assert bool(error) is is_told and (b"\n:\n" in data) is is_told
     assert not data.endswith(b"0\r\n\r\n") and not reply.is_persistent
 
 
@@ -4753,7 +4753,7 @@ cmd = /no/such/program ${PORT}
 
 
 def hasty(text, *args, **constants):
-    """llmswap with shorter times than people are given."""
+    """llmswap with shorter timeouts and intervals."""
     return Llmswap(text, *args, **{**HASTE, **constants})
 
 
@@ -4890,7 +4890,7 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
     assert answer.status == 502 or (answer.status, "stream" in wish) == (200, True)
     assert b'"code":"backend_died"' in answer.body
     assert f"{victim} ended by itself: exited with status 9".encode() in answer.body
-    assert b"model loaded" in answer.body  # of its last lines
+    assert b"model loaded" in answer.body  # one of its last lines
     assert chats_seen(hospital, victim) == 3
     assert len(hospital.journal("main", victim)) == 2
     assert hospital.chat(victim).status == 200
@@ -4898,7 +4898,7 @@ def test_a_request_is_sent_once_more_if_the_backend_died_over_it(
 
 PLACES = "mid-event", "mid-body", "boundary"
 BREAKS = [*itertools.product(("die", "cut"), (False, True), PLACES)]
-BREAKS.remove(("cut", True, "boundary"))  # nothing could tell
+BREAKS.remove(("cut", True, "boundary"))  # it looks complete
 
 
 @pytest.mark.parametrize("end, until_close, place", BREAKS)
@@ -5294,7 +5294,7 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
 
 def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
     for _ in range(2):
-        answer, _ = raw(swap, b"\x16\x03\x01\x02\x00\x01")  # as it begins
+        answer, _ = raw(swap, b"\x16\x03\x01\x02\x00\x01")  # a TLS ClientHello
         assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
     eventually(lambda: "speaks TLS" in swap.log())
     assert swap.log().count("speaks TLS") == 1
@@ -5523,7 +5523,7 @@ def test_errors_have_openais_shape_and_a_real_status(swap):
     assert "hidden" not in swap.chat("hiden").message()
     assert swap.post("/running").headers["allow"] == "GET, OPTIONS"
     assert swap.ask("PUT", "/unload").headers["allow"] == "GET, POST, OPTIONS"
-    with swap.connect() as client:  # which serves on after an error
+    with swap.connect() as client:  # usable after an error
         for _ in range(2):
             assert client.ask("POST", "/v1/x", {"model": "none"}).status == 404
             assert client.ask("POST", "/v1/x", "x" * 500_000).status == 400
@@ -5692,7 +5692,7 @@ def test_a_refused_client_learns_how_to_authenticate_and_allowed_pages_pass(guar
 def test_every_key_is_compared_and_in_constant_time(monkeypatch):
     compare = Mock(side_effect=bytes.__eq__)
     monkeypatch.setattr("hmac.compare_digest", compare)
-    keys = b"one", b"two", "thr\u00e4e".encode(), b"\xff"  # as the environment has them
+    keys = b"one", b"two", "thr\u00e4e".encode(), b"\xff"  # as in the environment
     for given in (*keys, b"none", b""):
         assert llmswap._is_key(given, [*map(os.fsdecode, keys)]) is (given in keys)
         calls = [each.args for each in compare.call_args_list[-len(keys) :]]
@@ -5743,7 +5743,7 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
                 assert "***" in shown
             assert not re.search(r"K-(ini|file|env|proxy|wrong|option)", shown), place
             assert basic("K-file")[6:] not in shown, place
-    for request in backend.news():
+    for request in backend.take_requests():
         fields = [value for _, value in request.headers if "K-" in value]
         assert fields == ["Bearer K-proxy"] and not request.all("x-api-key")
     backend.close()
@@ -5842,7 +5842,7 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
     for text in SMUGGLING:
         text = text.replace("Host: x", "Host: localhost", 1)
         requests.append(http(text.replace(" / ", " /upstream/a/x ", 1), b"0\r\n\r\n"))
-    liar.backend.news()
+    liar.backend.take_requests()
     clients = [crowd(liar, 1, request + behind)[0] for request in requests]
     for client, request in zip(clients, requests):
         data, _ = everything(client.sock)
@@ -5851,7 +5851,7 @@ def test_doubtful_requests_are_answered_400_closed_and_not_forwarded(liar):
         assert b"connection: close" in data, request
         assert json.loads(data.partition(b"\r\n\r\n")[2])["error"]["code"]
         client.hang_up()
-    assert liar.backend.news() == [] and "Traceback" not in liar.log()
+    assert liar.backend.take_requests() == [] and "Traceback" not in liar.log()
     assert "a" in liar.loaded()  # nothing was obeyed
 
 
@@ -5868,11 +5868,11 @@ def test_unusual_requests_are_understood(liar):
         f"DELETE http://localhost{start}.1\nHost: LOCALHOST": b"",
         f"PROPFIND {start}.1\nHost: localhost\nX-A:\t b \t": b"",
     }
-    liar.backend.news()
+    liar.backend.take_requests()
     for text, body in requests.items():
         data, _ = raw(liar, http(f"{text}\nConnection: close", body))
         assert data.startswith(b"HTTP/1.1 200 "), text
-        (request,) = liar.backend.news()
+        (request,) = liar.backend.take_requests()
         assert request.start[:2] == (text.split()[0], "/x")
         assert request.body == (b"abc" if body else b"")
     for target in ("*", "/upstream/a/x"):
@@ -5947,19 +5947,19 @@ BAD_CODINGS = [
 
 def test_encoded_bodies_are_decoded_or_refused(liar):
     data = b'{"model": "a", "messages": ["%b"]}' % (b"x" * 100_000)
-    liar.backend.news()
+    liar.backend.take_requests()
     for path, (coding, encode) in itertools.product((CHAT, "/upstream/a/x"), CODINGS):
         liar.post(path, encode(data), {"Content-Encoding": coding})
-        (request,) = liar.backend.news()
+        (request,) = liar.backend.take_requests()
         assert request.body == data
         assert request.all("content-encoding") == ["identity"] * (coding == "identity")
     for coding, body, status, word in BAD_CODINGS:
         answer = liar.post(CHAT, body, {"Content-Encoding": coding})
         assert answer.status == status and word in answer.message()
-        assert not liar.backend.news()
+        assert not liar.backend.take_requests()
 
 
-PATHS = {  # what is asked, and the backend with a path of its own sees, if anything
+PATHS = {  # the path asked for: the one that the backend gets; b is below /own
     "/upstream/b/x/..y/.": "/own/x/..y/.",
     "/upstream/b/x?a=/../..": "/own/x?a=/../..",
     "/upstream/b/?": "/own/?",
@@ -5978,7 +5978,7 @@ BAD_PATHS = {
 
 def test_no_path_leads_to_another_place(liar):
     assert liar.get("/upstream/b/").status == 200  # loads it
-    liar.backend.news()
+    liar.backend.take_requests()
     asked = [(path, 200, [target]) for path, target in PATHS.items()]
     asked += [(f"/upstream/b/{each}", 400, []) for each in BAD_PATHS[400].split()]
     asked += [(each, 404, []) for each in BAD_PATHS[404].split()]
@@ -5987,7 +5987,7 @@ def test_no_path_leads_to_another_place(liar):
         answer = liar.get(path)
         assert answer.status == status and "set-cookie" not in answer.headers, path
         assert time.monotonic() < began + 0.5
-        assert [each.start[1] for each in liar.backend.news()] == targets, path
+        assert [each.start[1] for each in liar.backend.take_requests()] == targets, path
     assert "a" in liar.loaded()  # nothing was unloaded
 
 
@@ -6006,10 +6006,10 @@ def quickest(swap, count=20):
 
 
 def given_back(swap, before):
-    """Whether connections, descriptors and all threads but those kept are gone."""
-    now, kept = soak_size(swap.pid), llmswap.IDLE_CONNECTIONS + 4
+    """Whether threads and descriptors are as before, idle connections aside."""
+    now, allowance = soak_size(swap.pid), llmswap.IDLE_CONNECTIONS + 4
     threads = before["threads"]
-    descriptors = before["descriptors"] + kept
+    descriptors = before["descriptors"] + allowance
     return now["descriptors"] <= descriptors and now["threads"] <= threads
 
 
@@ -6203,7 +6203,7 @@ JSON:␤␤```json␤{'a': 'b'}␤```␤That is all {ok}. ⇒ {"a": "b"}
 {"a": "key: "value"␤other: "thing"␤", "b": "x"} ⇒ {"a": "key: \"value\"\nother: \"thing\"\n", "b": "x"}
 """
 
-# What means no object, or more than one, between the signs ¦
+# Texts that mean no object, or several; ¦ stands between them
 LEFT_ALONE = r"""¦   ¦hello¦"¦}{¦[1, 2¦key: value¦{"hello"}¦{"a": {1, 2}}¦{return "a": 1}
 ¦{"a": [1, 2, "b": 3}¦{"a": 1}{"b": 2}¦{"a":1,}{"a":2,}¦[{"a": 1}, {"b": 2}
 ¦[1, {"a": 1}¦{{name}}¦The set {x} is open¦body { color: red; }"""
@@ -6455,9 +6455,9 @@ def test_calls_in_a_stream_are_repaired_unless_they_were_cut_off(case):
     payloads, expected = STREAMS[case]
     stream = events(payloads)
     calls = [text for text in arguments_in(through(stream)).values() if text]
-    kept = [text == GOOD or BAD.startswith(text) for text in calls]
-    assert [("repaired", "kept")[each] for each in kept] == expected.split()
-    assert all(each or is_repaired(text) for each, text in zip(kept, calls))
+    are_kept = [text == GOOD or BAD.startswith(text) for text in calls]
+    assert [("repaired", "kept")[each] for each in are_kept] == expected.split()
+    assert all(each or is_repaired(text) for each, text in zip(are_kept, calls))
     assert "repaired" in expected or through(stream) == stream
 
 
@@ -6534,7 +6534,7 @@ def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
         assert json.loads(function["arguments"]) == json.loads(GOOD)
     bare = {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
     assert repaired(bare) == bare
-    for given in (BAD, GOOD):  # what is a text becomes the object in it
+    for given in (BAD, GOOD):  # a string becomes the object in it
         answer = repaired(anthropic(given))
         assert answer["content"][1]["input"] == json.loads(GOOD)
 
@@ -6581,8 +6581,8 @@ def repairing():
 
 
 def calls_of(proxy, path, model="mended", **wish):
-    """What a client takes for the arguments of each tool call in an answer, as JSON if
-    it is."""
+    """The arguments of each tool call in the answer as a client reads them, parsed if
+    they are JSON."""
     body = {"model": model, **wish}
     if wish.get("stream"):
         with Stream(proxy.port, path, body) as stream:
@@ -6610,7 +6610,7 @@ def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
 
 def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
     broken, streamed = json.dumps(completion(BAD)).encode(), events(one_call(BAD))
-    coded = "gzip\nContent-Encoding: gzip"  # as it is said to be, none looks into it
+    coded = "gzip\nContent-Encoding: gzip"  # it says so; encoded bodies are not read
     for kind, body, status in (
         ("application/json", json.dumps(completion(GOOD), indent=1).encode(), 200),
         ("text/event-stream", events(one_call(GOOD)), 200),
@@ -6622,7 +6622,7 @@ def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
         answer = repairing.post("/upstream/mended/raw", http(head, body))
         assert (answer.status, answer.body) == (status, body)
         assert (answer.headers.get("content-encoding") == "gzip") is (coded in kind)
-    for method, body in (("GET", None), ("POST", {})):  # which is read for its usage
+    for method, body in (("GET", None), ("POST", {})):  # a POST's is read for its usage
         fields = {"Accept-Encoding": "gzip"}
         answer = repairing.ask(method, "/upstream/mended/echo", body, fields)
         assert ("accept-encoding" in echoed(answer)) == (method == "GET")
@@ -6689,32 +6689,32 @@ def watchful(text, *args):
 
 def progress_events(server, model):
     """The progress that /models/sse tells while the model loads, then its end."""
-    found = []
+    samples = []
     with Stream(server.port, "/models/sse") as stream:
         server.post("/models/load", {"model": model})
         for event in stream.documents():
             status = event["data"]
             if event["model"] == model and "progress" in status:
                 assert event["event"] == "status_change"
-                found.append((time.monotonic(), status["progress"]))
+                samples.append((time.monotonic(), status["progress"]))
             elif event["model"] == model and status["status"] != "loading":
-                return found, status
+                return samples, status
 
 
 def test_progress_is_read_from_the_memory_of_the_loading_processes_and_logged(tmp_path):
     command = """sh -c 'trap "" TERM; "$@"; exit' x """ + slow_model(tmp_path, shards=3)
     with watchful(f"[a]\ncmd = {command} --stop-delay 0.3\n") as server:
         began = time.monotonic()
-        found, end = progress_events(server, "a")
+        samples, end = progress_events(server, "a")
         most = (time.monotonic() - began) / 0.2
-        values = [status["value"] for _, status in found]
+        values = [status["value"] for _, status in samples]
         assert values == sorted(values) and values[-1] <= 0.99
         assert any(0.15 < value < 0.85 for value in values), values
         assert end == {"status": "loaded"}
-        first = found[0][1]
+        first = samples[0][1]
         assert (first["stages"], first["current"]) == (["text_model"], "text_model")
-        first, last = found[0][0], found[-1][0]  # when; some may come late to us
-        assert last - first > 0.03 * (len(found) - 2)
+        first, last = samples[0][0], samples[-1][0]  # times; some come late
+        assert last - first > 0.03 * (len(samples) - 2)
         server.post("/models/unload", {"model": "a"})
         eventually(lambda: re.search(r"a: unloaded after \d\.\d s", server.log()))
         assert "a: unloading (by hand)\n" in server.log()
@@ -6912,7 +6912,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
 
 
 def adapted(title, kind, *changes):
-    """The recipe's block of that kind; `changes`: (what stands there, what instead)."""
+    """The recipe's block of that kind, with `changes`: (old text, new text)."""
     text = recipe(title, kind)[0]
     for old, new in changes:
         assert old in text, f"{old!r} is not in the recipe {title!r}"
@@ -6924,8 +6924,8 @@ OTHER_MODEL = "[other]\ncmd = FAKE\nload-timeout = 9\n"
 
 
 def run_recipe(title, folder, *changes, more=OTHER_MODEL, before="", **constants):
-    """llmswap with the INI file of that recipe, and more in front of it and behind. Its
-    programs and its models are those of the folder, where missing models are written.
+    """llmswap with `before`, the INI file of that recipe, and `more`. Its programs and
+    models are those of the folder, in which missing model files are written.
     """
     text = before + adapted(title, "ini", *changes) + more
     text = text.replace("/models/", f"{folder}/")
@@ -6946,8 +6946,8 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
     readme, port = README.read_text(), free_port()
     start = re.search(r"\n {4}(python3 llmswap.py example.ini)\n", readme)[1]
     commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
-    told = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
-    told = told.replace(":8080", f":{port}")
+    terminal = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
+    terminal = terminal.replace(":8080", f":{port}")
     for name in (LLMSWAP, HERE.with_name("example.ini")):
         shutil.copy(name, tmp_path)
     (tmp_path / "python3").symlink_to(sys.executable)
@@ -6958,7 +6958,7 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
         for line, output in commands:
             line = line.replace("localhost:8080", f"127.0.0.1:{port}")
             assert subprocess.check_output(["sh", "-c", line], text=True) == output
-        shown = [line for line in told.splitlines() if line != "..."]
+        shown = [line for line in terminal.splitlines() if line != "..."]
         eventually(lambda: log.read_text().count("\n") >= len(shown) + 3)
         lines = log.read_text().splitlines()
         lines = [line for line in lines if "could not be started" not in line]
@@ -7267,9 +7267,9 @@ def test_the_ends_of_a_payload_are_kept_however_it_comes(seed):
         piece = chance.randbytes(chance.choice([1, 3, 200, 4095, 4096, 70000]))
         reply.send(piece)
         sent += piece
-    kept = llmswap.EXCERPT_SIZE
-    is_all = len(sent) <= 2 * kept
-    assert reply.excerpt == (sent if is_all else sent[:kept] + b"\0" + sent[-kept:])
+    size = llmswap.EXCERPT_SIZE
+    is_all = len(sent) <= 2 * size
+    assert reply.excerpt == (sent if is_all else sent[:size] + b"\0" + sent[-size:])
 
 
 # ---- Prometheus
@@ -7281,7 +7281,7 @@ SAMPLE = re.compile(rf"([a-z_]+)(?:\{{({LABEL}(?:,{LABEL})*)\}})? (\S+)")
 def metrics_of(text):
     """{(name, label, value, ...): number}, after a strict reading of the format."""
     assert text.endswith("\n") and "\n\n" not in text
-    found, kinds = {}, {}
+    samples, kinds = {}, {}
     for line in text.splitlines():
         if line.startswith("# TYPE "):
             _, _, name, kind = line.split(" ")
@@ -7293,22 +7293,22 @@ def metrics_of(text):
             assert list(kinds)[-1] in (name, family), f"{line} is not with its family"
             pairs = re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', labels or "")
             key = (name, *sum(pairs, ()))
-            assert key not in found, f"{line} comes twice"
-            found[key] = float(number)
+            assert key not in samples, f"{line} comes twice"
+            samples[key] = float(number)
     for name, kind in kinds.items():
         assert name.endswith("_total") == (kind == "counter")
-    return found
+    return samples
 
 
 def metrics_with(server, key, headers=()):
-    """What Prometheus reads of llmswap, None if that key is not there yet."""
-    found = metrics_of(server.get("/metrics", headers).body.decode())
-    return found if key in found else None
+    """The metrics of llmswap, None as long as that key is missing."""
+    samples = metrics_of(server.get("/metrics", headers).body.decode())
+    return samples if key in samples else None
 
 
-def counted(found, name):
+def counted(samples, name):
     """{values of the labels: number} of one metric."""
-    return {key[2::2]: number for key, number in found.items() if key[0] == name}
+    return {key[2::2]: number for key, number in samples.items() if key[0] == name}
 
 
 def test_metrics_are_well_formed_and_histograms_add_up():
@@ -7319,18 +7319,18 @@ def test_metrics_are_well_formed_and_histograms_add_up():
     models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
         id="b", shares="a")  # fmt: skip
     report = llmswap.StatusReport("1.0", 1750000000.0, models, meters)
-    found = metrics_of(llmswap.metrics_text(report))
-    assert found["process_start_time_seconds",] == 1750000000
-    assert found["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
-    in_flight = counted(found, "llmswap_requests_in_flight")
-    assert ("a",) in in_flight and ("b",) not in in_flight  # which it shares
+    metrics = metrics_of(llmswap.metrics_text(report))
+    assert metrics["process_start_time_seconds",] == 1750000000
+    assert metrics["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
+    in_flight = counted(metrics, "llmswap_requests_in_flight")
+    assert ("a",) in in_flight and ("b",) not in in_flight  # b shares with a
     name = "llmswap_load_duration_seconds"
-    buckets = {key[4]: n for key, n in found.items() if key[0] == f"{name}_bucket"}
+    buckets = {key[4]: n for key, n in metrics.items() if key[0] == f"{name}_bucket"}
     assert list(buckets.values()) == sorted(buckets.values())
     bounds = {"0.005": 1, "0.25": 1, "0.5": 2, "600": 3, "+Inf": 4}  # inclusive
     assert {bound: buckets[bound] for bound in bounds} == bounds
-    assert found[f"{name}_count", "model", "a"] == 4
-    assert found[f"{name}_sum", "model", "a"] == pytest.approx(1300.305)
+    assert metrics[f"{name}_count", "model", "a"] == 4
+    assert metrics[f"{name}_sum", "model", "a"] == pytest.approx(1300.305)
 
 
 PAGE_MODELS = """
@@ -7374,24 +7374,24 @@ def test_requests_and_stops_are_counted_by_model_status_and_cause():
         eventually(lambda: server.loaded() == [])
         assert server.chat("idler").status == 200
         eventually(lambda: server.loaded() == [])
-        found = metrics_of(server.get("/metrics").body.decode())
-    assert counted(found, "llmswap_requests_total") == {
+        metrics = metrics_of(server.get("/metrics").body.decode())
+    assert counted(metrics, "llmswap_requests_total") == {
         ("a", "200"): 1, ("b", "200"): 2, ("bad", "502"): 1, ("", "404"): 1,
         ("b", "499"): 1, ("b", "502"): 1, ("slow", "499"): 1, ("idler", "200"): 1,
     }  # fmt: skip
-    assert counted(found, "llmswap_stops_total") == {
+    assert counted(metrics, "llmswap_stops_total") == {
         ("a", "evicted"): 1, ("b", "evicted"): 1, ("b", "unload"): 1,
         ("slow", "abandoned"): 1, ("b", "reload"): 1, ("idler", "idle"): 1,
     }  # fmt: skip
-    assert found["llmswap_swaps_total",] == 2  # to b, from a and from a load given up
+    assert metrics["llmswap_swaps_total",] == 2  # to b, from a and from a load given up
     sizes = {"request_bytes": len(sent), "response_bytes": len(got)}
     totals = {**sizes, "prompt_tokens": 7, "completion_tokens": 20}
     for name, number in totals.items():
-        assert found[f"llmswap_{name}_total", "model", "a"] == number
-    assert found["llmswap_failures_total", "model", "bad", "state", "loading"] == 1
-    assert found["llmswap_load_duration_seconds_sum", "model", "a"] > 0.6
-    assert found["llmswap_request_wait_seconds_sum", "model", "a"] > 0.6
-    assert found["process_resident_memory_bytes",] > 2**20
+        assert metrics[f"llmswap_{name}_total", "model", "a"] == number
+    assert metrics["llmswap_failures_total", "model", "bad", "state", "loading"] == 1
+    assert metrics["llmswap_load_duration_seconds_sum", "model", "a"] > 0.6
+    assert metrics["llmswap_request_wait_seconds_sum", "model", "a"] > 0.6
+    assert metrics["process_resident_memory_bytes",] > 2**20
 
 
 def test_resident_memory_is_that_of_the_whole_process_group():
@@ -7456,7 +7456,7 @@ def test_a_snapshot_comes_at_each_change_but_four_times_a_second_at_most():
 
 
 def until(snapshots, condition):
-    """The models of the first snapshot that has what is waited for."""
+    """The models of the first snapshot that meets the condition."""
     deadline = time.monotonic() + 10
     for snapshot in snapshots:
         models = {model["id"]: model for model in snapshot["models"]}
@@ -7519,7 +7519,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         assert browser.value("document.activeElement.ariaLabel") == "Log a"
         ask_by_mouse(browser, "long")
         browser.until(shown("$('reply')", "word9"))
-        browser.click("$('send')")  # which is called Stop now
+        browser.click("$('send')")  # its label is Stop now
         browser.until(shown("$('stats')", "stopped"))
         assert browser.value("$('send').innerText") == "Send"
         eventually(lambda: server.get("/health").json()["requests"] == 0)
@@ -7551,9 +7551,9 @@ def ask_by_mouse(browser, model):
 def tab_to(browser, label):
     """Press Tab until the element of that name has the focus."""
     seen = []
-    while (found := browser.value("document.activeElement.ariaLabel")) != label:
+    while (focus := browser.value("document.activeElement.ariaLabel")) != label:
         assert len(seen) < 60, f"Tab does not lead to {label!r}, only to {set(seen)}"
-        seen.append(found)
+        seen.append(focus)
         browser.press("Tab")
 
 
@@ -7733,14 +7733,14 @@ def all_states(tmp_path_factory):
 
 def test_gauges_show_the_present(all_states):
     progress = "llmswap_load_progress_ratio", "model", "slow"
-    found = eventually(lambda: metrics_with(all_states, progress))
-    assert 0 < found[progress] < 0.9
-    assert found["llmswap_requests_in_flight", "model", "busy"] == 1
-    assert found["llmswap_requests_queued", "model", "slow"] == 1
-    assert found["llmswap_model_gpu_memory_bytes", "model", "still"] == 2**29
-    assert found["llmswap_last_tokens_per_second", "model", "busy"] == 50
-    assert found["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
-    states = counted(found, "llmswap_model_state")
+    metrics = eventually(lambda: metrics_with(all_states, progress))
+    assert 0 < metrics[progress] < 0.9
+    assert metrics["llmswap_requests_in_flight", "model", "busy"] == 1
+    assert metrics["llmswap_requests_queued", "model", "slow"] == 1
+    assert metrics["llmswap_model_gpu_memory_bytes", "model", "still"] == 2**29
+    assert metrics["llmswap_last_tokens_per_second", "model", "busy"] == 50
+    assert metrics["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
+    states = counted(metrics, "llmswap_model_state")
     assert dict(key for key, number in states.items() if number) == {
         "busy": "loaded", "still": "loaded", "slow": "loading", "dozy": "sleeping",
         "gone": "unloaded", "bad": "unloaded", "wrong": "unloaded",
@@ -7763,8 +7763,8 @@ def test_prometheus_own_parser_reads_what_we_mean(all_states):
     text = all_states.get("/metrics").body.decode()
     words = [CLIENTS, "-c", PARSE_METRICS]
     read = json.loads(subprocess.check_output(words, input=text, text=True))
-    found = {(name, *sum(labels.items(), ())): n for name, labels, n in read}
-    assert found == metrics_of(text) and len(found) > 100
+    samples = {(name, *sum(labels.items(), ())): n for name, labels, n in read}
+    assert samples == metrics_of(text) and len(samples) > 100
 
 
 def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours(all_states):
@@ -7781,7 +7781,7 @@ def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours(all_states
         assert names, query
         jobs = re.findall(r'job=~"([^"]+)"', query)
         assert all(re.fullmatch(each, job) for each in jobs), query
-        used = set(re.findall(r"(\w+)=~?\"", query)) - {"job"}  # which Prometheus adds
+        used = set(re.findall(r"(\w+)=~?\"", query)) - {"job"}  # Prometheus adds it
         for group in re.findall(r"by \((.*?)\)", query):
             used.update(group.split(", "))
         for name in names:
@@ -7911,13 +7911,13 @@ def test_a_client_sees_what_was_meant_and_repeats_what_may_succeed(tmp_path, cli
         model = gguf.write_model(tmp_path / "model.gguf")
         text += REAL_MODEL.format(LLAMA_SERVER, model)
     with Llmswap(text) as server:
-        found = run_client(server.url, client)
+        report = run_client(server.url, client)
         usual = {name: case[-1] for name, case in CLIENT_CASES.items()}
         expected = {**usual, **OTHER_RESULTS.get(client, {})}
-        assert found == {case: expected[case] for case in found} and len(found) > 12
+        assert report == {case: expected[case] for case in report} and len(report) > 12
         listed = server.get("/v1/models", SECRET).json()["data"]
-        assert found["lists"] == sorted(each["id"] for each in listed)
-        sent = found.get("uploads", "m 1: 10000 bytes")  # with the rest of the form
+        assert report["lists"] == sorted(each["id"] for each in listed)
+        sent = report.get("uploads", "m 1: 10000 bytes")  # with the rest of the form
         assert re.fullmatch(r"m \d+: 10\d\d\d bytes", sent)
         asked = Counter(each["path"] for each in server.journal("request", "m"))
         chats = MESSAGES if client == "anthropic" else CHAT
@@ -7948,9 +7948,9 @@ def test_recipe_open_webui_whose_calls_do_what_it_expects():
             assert stream.headers["content-type"].startswith("text/event-stream")
             assert stream.text().endswith("word2")
         speech = {"model": "m", "input": "Good day", "voice": "alloy"}
-        told = client.ask("POST", "/v1/audio/speech", speech, WEBUI).json()
-        assert json.loads(told["body"]) == speech
-        sent = {name.lower(): value for name, value in told["headers"]}
+        echo = client.ask("POST", "/v1/audio/speech", speech, WEBUI).json()
+        assert json.loads(echo["body"]) == speech
+        sent = {name.lower(): value for name, value in echo["headers"]}
         assert sent["x-openwebui-chat-id"] == "b7c1" and "authorization" not in sent
 
 
@@ -8062,7 +8062,7 @@ def quick_file():
 
 
 def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
-    """In each round it is started, and the next clients come when it leaves."""
+    """Each round starts it; the next clients come as it exits."""
     with activation.Activator(quick_file(), tmp_path) as systemd:
         assert ask(systemd.port, "POST", CHAT, chat_body("a")).status == 200
         eventually(lambda: "idle for" in systemd.log())
@@ -8338,7 +8338,7 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
                "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
     for scope, name, *flags in (
         ("--user", "bge-m3"), ("--system", "qwen3", "--load", "0.2"),
-        # it lives long enough for the journal to learn whose lines these are
+        # it runs long enough for the journal to know the unit of its lines
         ("--user", "broken", "--load", "0.5", "--load-exit", "3"),
     ):  # fmt: skip
         command = fake_command("--model", name, *flags, port="3004")
@@ -8366,7 +8366,7 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     assert answer.status == 502
     reason = "broken (broken.service) could not be started: exit-code, status 3"
     assert reason in answer.message()
-    assert "exiting due to model loading error 3" in answer.message()  # of the journal
+    assert "exiting due to model loading error 3" in answer.message()  # journal
 
 
 # ---- two machines, in network namespaces joined by a cable
@@ -8519,8 +8519,8 @@ def auto_model(folder, name="m", budget="auto", **keys):
 
 BUDGET = {"vram": 24 * GB, "ram": 64 * GB}
 LEARNED = [
-    # what was known in GiB, and from where; peak; may it have been squeezed, is the run
-    # over; what is known then
+    # GiB known before, and their source; peak; may others have squeezed it, is the run
+    # over; GiB known afterwards
     (None, "not known yet", 10, True, False, 10.5),
     (21, "measured", 10, False, False, 21),  # later in this run it may take more
     (21, "measured", 10, False, True, 10.5),
@@ -8534,7 +8534,7 @@ LEARNED = [
 
 
 def needs_file(folder, *known):
-    """Write what is known: of each model a source and GiB."""
+    """Write needs.json; each of `known` is (model, source, GiB)."""
     rows = {}
     for model, source, size in known:
         row = {"source": source, "amounts": {"vram": int(size * GB)}}
@@ -8551,9 +8551,9 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
         needs_file(tmp_path, (model, source, known))
     needs = llmswap.Needs(str(tmp_path), print)
     needs.learn(model, {"vram": peak * GB}, squeezed, over)
-    amounts, told = needs.of(model, BUDGET)
+    amounts, origin = needs.of(model, BUDGET)
     assert amounts["vram"] == pytest.approx((then or known) * GB)
-    assert told == ("measured" if then else source)
+    assert origin == ("measured" if then else source)
 
 
 def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
@@ -8649,12 +8649,12 @@ def test_a_model_is_estimated(tmp_path, rows, budget, expected, source):
     needs = llmswap.Needs(str(tmp_path), print)
     total = dict.fromkeys(expected, 64 * GB)
     assert needs.estimate(model, total) and not needs.estimate(model, total)
-    amounts, told = needs.of(model, total)
+    amounts, origin = needs.of(model, total)
     assert {name: round(size / MB) for name, size in amounts.items()} == expected
-    assert told == source
+    assert origin == source
     asked = (tmp_path / "argv").read_text().splitlines()
     options = f"--ctx-size 4096 --model {tmp_path}/m.gguf -ngl 9 --flash-attn on"
-    assert asked == ["--help", f"{options} --offline -fitp on"]  # those that it has
+    assert asked == ["--help", f"{options} --offline -fitp on"]  # those that it knows
     if source == "file sizes":  # what is measured replaces it
         needs.learn(model, dict.fromkeys(expected, GB), False, False)
         assert needs.of(model, total)[0] == dict.fromkeys(expected, int(GB * 1.05))
@@ -8685,8 +8685,8 @@ def test_a_client_that_waits_for_an_estimate_gets_comments_and_may_leave(tmp_pat
 
 
 COUNTED = [
-    # pinned models, then others: needs as far as written, what is known and what it
-    # counts for in GiB of 24; "byte" and "rest": a byte, and the budget without it
+    # pinned and unpinned models, each GiB written (if any), known, and counted of the
+    # 24 of the budget; "byte" is one byte, "rest" all but that
     ("a model too large counts for all", [], [(None, 40, 24), (None, 6, 6)]),
     ("beside a pinned one for what is left", [(None, 10, 10)], [(None, 40, 14)]),
     ("written ones, too", [(10, 10, 10)], [(14, 14, 14), (None, 20, 14)]),
@@ -8695,12 +8695,12 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize("_, pinned, others", COUNTED)
-def test_needs_are_cut_down_so_that_each_can_be_loaded(tmp_path, _, pinned, others):
+@pytest.mark.parametrize("_, pinned, unpinned", COUNTED)
+def test_needs_are_cut_down_so_that_each_can_be_loaded(tmp_path, _, pinned, unpinned):
     text, known, expected = "[llmswap]\nbudget = vram auto\n", {}, []
     sizes = {"byte": 1, "rest": 24 * GB - 1}
-    for number, (written, needs, count) in enumerate([*others, *pinned]):
-        pin = "on" if number >= len(others) else "off"
+    for number, (written, needs, count) in enumerate([*unpinned, *pinned]):
+        pin = "on" if number >= len(unpinned) else "off"
         text += f"[m{number}]\ncmd = true ${{PORT}}\npin = {pin}\n"
         text += f"needs = vram {written}G\n" if written else ""
         known[f"m{number}"] = {"vram": needs * GB}
@@ -8750,10 +8750,10 @@ def test_only_vram_and_ram_can_be_auto(text):
 
 
 def show_gpu(folder, mark, sizes=None, row="%s, %d"):
-    """What `folder/nvidia-smi` shows of processes with this word, by another: MiB."""
+    """`folder/nvidia-smi` shows processes with the words `mark` and one of `sizes`."""
     shown = {"mark": mark, "sizes": sizes or {mark: 512}, "row": row}
     (folder / "gpu.new").write_text(json.dumps(shown))
-    (folder / "gpu.new").replace(folder / "gpu.json")  # nobody ever reads half a file
+    (folder / "gpu.new").replace(folder / "gpu.json")  # atomic
     if not (folder / "nvidia-smi").exists():
         script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
         executable(folder / "nvidia-smi", script)
@@ -8908,7 +8908,7 @@ def test_a_load_without_memory_makes_room_once_unseen_by_its_client(tmp_path, fa
 
 
 def stage_of_needs(folder, **sources):
-    """A stage whose models need, by source and GiB, what is known of them."""
+    """A stage of models with known needs, each name=(source, GiB)."""
     text = f"[llmswap]\nbudget = vram 24G\nstate-dir = {folder}\n[*]\nneeds = auto\n"
     text += "".join(f"[{name}]\nTRUE {name}\n" for name in sources)
     models = PoolStage(folder, text).pool.config.models
@@ -8965,10 +8965,10 @@ def test_needs_and_budget_are_shown(tmp_path):
         assert snapshot["budget"]["vram"] == total
         assert models["small"]["holds"]["vram"] == need and not models["large"]["holds"]
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        told = check(server.ini, env=env).stdout
-        assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", told, re.M)
-        assert re.search(r"^  needs vram .* \(not known yet\)$", told, re.M)
-        assert re.search(r"^budget vram \S+G, ram \S+G$", told, re.M)
+        output = check(server.ini, env=env).stdout
+        assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", output, re.M)
+        assert re.search(r"^  needs vram .* \(not known yet\)$", output, re.M)
+        assert re.search(r"^budget vram \S+G, ram \S+G$", output, re.M)
 
 
 def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
@@ -9018,7 +9018,7 @@ def context_file(folder, lines="", settings=""):
 
 
 class Keeping(Llmswap):
-    """llmswap on such a file."""
+    """llmswap on a context_file."""
 
     def __init__(self, folder, *lines):
         self.place = folder
@@ -9026,7 +9026,7 @@ class Keeping(Llmswap):
         super().__init__(self.text)
 
     def fault(self, text):
-        """From now on that goes wrong with slots."""
+        """From now on the fake servers' slots have this fault."""
         (self.place / "fault").write_text(text)
 
     def tell(self, talk="x", prompt=3000, model="a", **wish):
@@ -9035,7 +9035,7 @@ class Keeping(Llmswap):
         return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def swap(self):
-        """Have a's place taken."""
+        """Have a unloaded for b."""
         assert self.chat("b").status == 200
 
     def tell_and_swap(self, *words, **wish):
@@ -9065,14 +9065,14 @@ class Keeping(Llmswap):
             file.write("# new")
 
     def crash(self):
-        """Have what was saved restored, and kill the server that has it."""
+        """Have the context restored, and kill the server that has it."""
         assert self.tell() == 3000
         [pid] = [pid for pid, line in family(self.token).items() if "--alias a" in line]
         os.kill(pid, signal.SIGKILL)
         self.await_unloaded()
 
     def actions(self, action):
-        """How often its servers were asked to do that with a slot."""
+        """How often its servers were asked for this action on a slot."""
         return (self.place / "journal").read_text().count(f'"event": "{action}"')
 
     def complaints(self):
@@ -9080,7 +9080,7 @@ class Keeping(Llmswap):
         return re.findall(r"a \| llmswap: (.*context.*)", self.log())
 
     def files(self, model="a"):
-        """The files that are kept, the manifest aside."""
+        """The files of saved contexts, without the manifest."""
         return [*self.place.glob(f"state/context/{model}/{model}.*")]
 
 
@@ -9155,7 +9155,7 @@ def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fa
         for step in (server.swap, server.tell):
             began = time.monotonic()
             assert step() in (None, 0)
-            assert time.monotonic() - began < 4  # a question takes 1 s at most
+            assert time.monotonic() - began < 4  # a request takes at most 1 s
         assert len(server.complaints()) == 1, server.log()
         server.fault("none")
         server.swap()
@@ -9172,9 +9172,9 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
     tmp_path, fault, action, reason
 ):
     with Keeping(tmp_path) as server:
-        server.fault(fault)  # half a second; to process it again takes 4
+        server.fault(fault)  # "slow" is 0.5 s; to process the prompt again takes 4
         for _ in range(4):
-            server.tell("another", prompt=600)  # which says nothing either way
+            server.tell("another", prompt=600)  # no save and no failure
             server.tell("another", prompt=900)
             server.tell_and_swap(prompt=2000)
         assert server.actions(action) == 2
@@ -9245,7 +9245,7 @@ def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     names = {"notes", "a.0.mine", "other.0.0123abcd"}
-    for name in {*names, "a.0.0123abcd"}:  # the last is of one that was killed
+    for name in {*names, "a.0.0123abcd"}:  # the last: left by a killed llmswap
         (own / name).write_text("x")
     with Keeping(tmp_path, f"slot-save-path = {own}/") as server:
         server.tell_and_swap()
@@ -9631,7 +9631,7 @@ def test_models_are_described_as_by_llama_cpps_router(tmp_path):
             state = lambda: router_entries(port)["one"]["status"]["value"]  # noqa: E731
             eventually(lambda: state() == "unloaded")
         compare()
-        assert entry_of(proxy, "one")["meta"]["n_vocab"] == 311  # as it was told last
+        assert entry_of(proxy, "one")["meta"]["n_vocab"] == 311  # from its last load
         status = entry_of(proxy, "gone")["status"]
         assert status["failed"] and "does not exist" in status["error"]
 
@@ -9687,16 +9687,16 @@ explore = load_tool("explore")
 
 @pytest.mark.parametrize("name", explore.SMALL_WORLDS)
 def test_every_order_of_events_in_a_small_world_keeps_all_promises(name):
-    followers, stories = explore.explore(name, tickets=2, faults=1)
+    followers, traces = explore.explore(name, tickets=2, faults=1)
     assert len(followers) > 50
-    waiting = {number for number, story in enumerate(stories) if story}
+    waiting = {number for number, trace in enumerate(traces) if trace}
     for number in waiting:
-        assert followers[number], stories[number]
+        assert followers[number], traces[number]
     graph = {number: waiting.intersection(followers[number]) for number in waiting}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        raise AssertionError(f"goes round\n{stories[error.args[1][0]]}") from None
+        raise AssertionError(f"goes round\n{traces[error.args[1][0]]}") from None
 
 
 # ==================================================================================
@@ -9715,12 +9715,12 @@ def test_faults_at_every_moment_do_what_the_table_says():
     assert names == {*faults.FAULTS, "fault"}
 
 
-@pytest.mark.parametrize("kind, said", [
+@pytest.mark.parametrize("kind, reason", [
     ("cmd", "m hung: neither"),
     ("unit", "m (m.service) hung: neither"),
     ("remote", "it does not answer any more"),
 ])
-def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, said):
+def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, reason):
     units.add("m", port=machine.port)
     sources = {"cmd": "cmd = FAKE", "unit": "unit = m.service", "remote": ""}
     proxy = "" if kind == "cmd" else f"proxy = http://127.0.0.1:{machine.port}"
@@ -9735,8 +9735,8 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, sa
             body = chat_body("m", hang=True, hang_health=True)
             silent.send("POST", "/v1/chat/completions", body)
             list(events)
-            assert stream.is_complete and said not in server.log()
-        eventually(lambda: said in server.log())
+            assert stream.is_complete and reason not in server.log()
+        eventually(lambda: reason in server.log())
         silent.hang_up()
         if kind == "remote":
             machine.off()
@@ -9750,7 +9750,7 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, sa
 
 
 def main(argv):
-    """Be what the first argument says; the exit status."""
+    """Run the command that the first argument names; the exit status."""
     if argv and argv[0] in ("bench", "soak", "fuzz", "pictures", "faults"):
         return getattr(load_tool(argv[0]), f"{argv[0]}_main")(argv[1:])
     print(__doc__)

@@ -1,4 +1,4 @@
-"""systemd as far as llmswap can tell: what listens for it, starts it and is told."""
+"""A stand-in for systemd: it listens for llmswap, starts it, and gets its messages."""
 
 import contextlib
 import os

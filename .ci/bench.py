@@ -334,7 +334,7 @@ def bench_receive(sock):
 
 def bench_latencies(sock, request, count):
     """Seconds that each of `count` requests in turn took on one connection."""
-    found = []
+    latencies = []
     for _ in range(count):
         started = time.perf_counter()
         sock.sendall(request)
@@ -345,8 +345,8 @@ def bench_latencies(sock, request, count):
         while missing > 0:
             assert (more := sock.recv(65536)), "the answer was cut"
             missing -= len(more)
-        found.append(time.perf_counter() - started)
-    return found
+        latencies.append(time.perf_counter() - started)
+    return latencies
 
 
 class BenchStreams:
@@ -451,7 +451,7 @@ def bench_swaps(port, names):
     """(seconds from request to spawn, from ready to first byte) of each swap but one.
 
     The start of the process itself is measured before each swap, so that both see the
-    same machine, and its median taken off. The first swap has nobody to stop: it is
+    same machine, and its median taken off. The first swap stops no model: it is
     left out.
     """
     starts, swaps = [], []
@@ -497,7 +497,7 @@ def bench_swap_once(port, name):
 def bench_chat(bench):
     """What is added to a chat of 2 KB with a warm model, one connection."""
     bench.warm("canned")
-    found = {"direct": [], "through": []}
+    samples = {"direct": [], "through": []}
     with BenchDirect("canned") as server:
         ports = {"direct": server.port, "through": bench.proxy.port}
         socks = {name: bench_connect(port) for name, port in ports.items()}
@@ -505,9 +505,9 @@ def bench_chat(bench):
         for turn in range(bench.times(24) + 1):
             for name, sock in socks.items():
                 latencies = bench_latencies(sock, request, 200)
-                found[name] += latencies if turn else []
+                samples[name] += latencies if turn else []
     for share in (0.5, 0.99):
-        values = [bench_percentile(found[name], share) * 1e6 for name in found]
+        values = [bench_percentile(samples[name], share) * 1e6 for name in samples]
         name = f"chat: a warm one of 2 KB, p{share * 100:.0f}"
         target = 110 if share == 0.5 else 200
         yield BenchRow(name, "us", values[1], values[0], target, is_added=True)
@@ -522,7 +522,7 @@ def bench_streams(bench):
     pid = bench.proxy.pid
     through, cost, _ = bench_lateness(bench.proxy.port, pid, 32, 50, seconds)
     for share, target in ((0.5, 0.09), (0.99, 0.6)):
-        values = [bench_percentile(found, share) * 1000 for found in (through, direct)]
+        values = [bench_percentile(times, share) * 1000 for times in (through, direct)]
         name = f"streams: 32 at 50/s, a token late, p{share * 100:.0f}"
         yield BenchRow(name, "ms", *values, target)
     cost *= 1e6
@@ -597,15 +597,15 @@ def bench_upload(bench):
 
 def bench_upload_time(port, data, times):
     """Milliseconds from the first byte sent to the end of the answer, median."""
-    head, found = request_head("POST", CHAT, len(data)), []
+    head, durations = request_head("POST", CHAT, len(data)), []
     with contextlib.closing(bench_connect(port)) as sock:
         for _ in range(times):
             started = time.monotonic()
             sock.sendall(head)
             sock.sendall(data)
             bench_receive(sock)
-            found.append((time.monotonic() - started) * 1000)
-    return statistics.median(found)
+            durations.append((time.monotonic() - started) * 1000)
+    return statistics.median(durations)
 
 
 def bench_rps(bench):
@@ -699,11 +699,11 @@ def bench_crowd(port, model, count):
 
 def bench_start(bench):
     """From the start of the process to the first answer on /v1/models."""
-    found = []
+    durations = []
     for _ in range(bench.times(8)):
         with BenchProxy(bench.against) as proxy:
-            found.append(proxy.first_answer * 1000)
-    median = statistics.median(found)
+            durations.append(proxy.first_answer * 1000)
+    median = statistics.median(durations)
     yield BenchRow("start to first answer on /v1/models", "ms", median, target=75)
 
 
@@ -714,8 +714,8 @@ def bench_idle(bench):
     seconds = bench.times(20)
     before = wakeups(bench.proxy.pid)
     time.sleep(seconds)
-    found = (wakeups(bench.proxy.pid) - before) * 10 / seconds
-    yield BenchRow("idle, a model loaded: wake-ups in 10 s", "n", found, target=0)
+    count = (wakeups(bench.proxy.pid) - before) * 10 / seconds
+    yield BenchRow("idle, a model loaded: wake-ups in 10 s", "n", count, target=0)
 
 
 def bench_growth(bench):
@@ -724,11 +724,11 @@ def bench_growth(bench):
         ask(proxy.port, "POST", CHAT, chat_body("canned"))
         seconds = bench.times(8)
         for count in (1, 30, 1000):
-            found, _, _ = bench_lateness(server.port, proxy.pid, count, 5, seconds)
-            direct = bench_percentile(found, 0.99) * 1000
+            lateness, _, _ = bench_lateness(server.port, proxy.pid, count, 5, seconds)
+            direct = bench_percentile(lateness, 0.99) * 1000
             through = proxy.port, proxy.pid
-            found, cost, size = bench_lateness(*through, count, 5, seconds)
-            late = bench_percentile(found, 0.99) * 1000
+            lateness, cost, size = bench_lateness(*through, count, 5, seconds)
+            late = bench_percentile(lateness, 0.99) * 1000
             name = f"{count} streams at 5/s"
             yield BenchRow(f"{name}: a token late, p99", "ms", late, direct, 5)
         yield BenchRow(f"{name}: memory for each", "KB", size, target=60)
@@ -740,12 +740,12 @@ def bench_many(bench):
     with BenchProxy(bench.against, "many") as proxy:
         start = proxy.first_answer * 1000
         yield BenchRow("500 models: start to first answer", "ms", start)
-        found = []
+        durations = []
         for _ in range(bench.times(20)):
             started = time.monotonic()
             ask(proxy.port, "GET", "/v1/models")
-            found.append((time.monotonic() - started) * 1000)
-        median = statistics.median(found)
+            durations.append((time.monotonic() - started) * 1000)
+        median = statistics.median(durations)
         yield BenchRow("500 models: /v1/models", "ms", median, target=10)
         swaps = bench_swaps(proxy.port, ["spare-7", "spare-400"] * 5)
         part = statistics.median(before for before, _ in swaps) * 1000
@@ -793,12 +793,12 @@ def bench_real(bench):
             gguf.write_model(path, *shape, seed=seed)
         preset = BENCH_FOLDER / "real.ini"
         preset.write_text(BENCH_PRESET.format(**paths))
-        found = {
+        medians = {
             name: bench_real_swap(words, option, preset, bench.times(24))
             for name, (words, option) in commands.items()
         }
         name = f"real models of {size}: a swap (direct: router)"
-        yield BenchRow(name, "ms", found["through"], found["router"])
+        yield BenchRow(name, "ms", medians["through"], medians["router"])
 
 
 def bench_real_swap(words, option, preset, times):
@@ -812,7 +812,7 @@ def bench_real_swap(words, option, preset, times):
     }
     with open(BENCH_FOLDER / "log", "ab") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, env=environ)
-    found = []
+    durations = []
     try:
         eventually(lambda: is_listening(port))
         for turn in range(times + 2):
@@ -820,11 +820,11 @@ def bench_real_swap(words, option, preset, times):
             started = time.monotonic()
             answer = ask(port, "POST", CHAT, body, timeout=60)
             assert answer.status == 200, answer.body[:300]
-            found.append((time.monotonic() - started) * 1000)
+            durations.append((time.monotonic() - started) * 1000)
     finally:
         process.terminate()
         process.wait(60)
-    return statistics.median(found[2:])
+    return statistics.median(durations[2:])
 
 
 BENCH_FIGURES = {

@@ -106,12 +106,12 @@ class Browser:
     def until(self, expression, timeout=10.0):
         """The value of the expression as soon as it is true."""
         deadline = time.monotonic() + timeout
-        while not (found := self.value(expression)):
+        while not (value := self.value(expression)):
             if time.monotonic() > deadline:
                 seen = self.value("document.body.innerText")
                 raise AssertionError(f"not within {timeout} s: {expression}\n{seen}")
             time.sleep(0.02)
-        return found
+        return value
 
     def press(self, key):
         """Press a key as a person does, on whatever has the focus."""

@@ -99,7 +99,7 @@ class PlainWorld(World):
 
 
 class Explored(Walk):
-    """One state of a small world; the random walk's events happen when told."""
+    """One state of a small world; the random walk's events happen on demand."""
 
     def __init__(self, name, tickets, faults):
         self.small = SMALL_WORLDS[name]
@@ -111,7 +111,7 @@ class Explored(Walk):
         self.left = {"tickets": tickets, "faults": faults}
         self.path = ()
 
-    def _seconds(self, what, name):
+    def _seconds(self, kind, name):
         return 0.0
 
     def events(self):
@@ -132,7 +132,7 @@ class Explored(Walk):
                 yield from (((fault, each), False) for each in self._targets(fault))
 
     def _askable(self):
-        """The models to ask for: of equal ones not used yet, the first."""
+        """The models to ask for; of equal unused ones only the first."""
         seen = []
         for name in sorted(self.specs):
             model = self.core.models[name]
@@ -161,12 +161,12 @@ class Explored(Walk):
     def do(self, event):
         """Let the event happen, and let the scheduler decide."""
         self.path += (event,)
-        what, target = event
-        self._note(f"-- {what} {target}")
-        self.left["tickets"] -= what == "ask"
-        self.left["faults"] -= what == "leave" or what in self.small.faults
+        kind, target = event
+        self._note(f"-- {kind} {target}")
+        self.left["tickets"] -= kind == "ask"
+        self.left["faults"] -= kind == "leave" or kind in self.small.faults
         backend = self.world.backends.get(target) if isinstance(target, str) else None
-        EXPLORED_EVENTS[what](self, target, backend)
+        EXPLORED_EVENTS[kind](self, target, backend)
         self.turn()
 
     def ended(self, backend):
@@ -179,13 +179,13 @@ class Explored(Walk):
         self.core.models[name].failures += 3
         self._end(backend, BROKEN)
 
-    def doze(self, name, backend):
+    def sleep_or_wake(self, name, backend):
         is_up = backend.phase == "up"
         backend.phase = "asleep" if is_up else "up"
         report = self.core.slept if is_up else self.core.loaded
         report(name, backend.run, self.world.now)
 
-    def doze_late(self, name, backend):
+    def report_late(self, name, backend):
         self.core.slept(name, backend.run, self.world.now)
         self.core.loaded(name, backend.run, self.world.now)
 
@@ -247,14 +247,14 @@ class Explored(Walk):
         ]  # fmt: skip
 
 
-FAULTY_PHASES = {  # those of a backend to which it can happen
+FAULTY_PHASES = {  # a fault: the phases in which it can happen to a backend
     "crash": ("loading", "up", "asleep", "falling asleep", "ending"),
     "fail": ("loading",),
     "starve": ("loading",),
     "doze": ("up", "asleep"),
     "doze_late": ("ending",),
 }
-EXPLORED_EVENTS = {  # the state, the target, and its backend if it has one
+EXPLORED_EVENTS = {  # functions of the state, the target, and its backend if any
     "loading": lambda state, name, of: state.world._come_up(of, of.orders),
     "ending": lambda state, name, of: state.ended(of),
     "falling": lambda state, name, of: state.world._sleep(of, of.orders),
@@ -266,8 +266,8 @@ EXPLORED_EVENTS = {  # the state, the target, and its backend if it has one
     "fail": Explored.fail,
     "starve": lambda state, name, of: state._end(of, STARVED),
     "learn": lambda state, each, _: state._learn_needs(each[0], {"vram": each[1]}),
-    "doze": Explored.doze,
-    "doze_late": Explored.doze_late,
+    "doze": Explored.sleep_or_wake,
+    "doze_late": Explored.report_late,
     "unload": lambda state, name, _: state._unload_one(name),
     "unload_all": lambda state, *_: state._unload_all(),
     "keep_alive": lambda state, name, _: state.core.keep_alive(name, 0),
@@ -287,13 +287,14 @@ def ahead(moment, now):
 
 
 def explore(name, tickets, faults):
-    """Go through every state of a small world; return what each must lead to.
+    """Go through every state of a small world; return of each the states that must
+    follow, and the trace if a ticket waits.
 
     An AssertionError tells the events that lead to a fault.
     """
     start = Explored(name, tickets, faults)
     start.turn()
-    numbers, followers, stories = {start.key(): 0}, [[]], [None]
+    numbers, followers, traces = {start.key(): 0}, [[]], [None]
     stack = [(0, start)]
     while stack:
         number, state = stack.pop()
@@ -302,11 +303,11 @@ def explore(name, tickets, faults):
         twins = [state, *(pickle.loads(frozen) for _ in events[1:])]
         for (event, is_due), twin in zip(events, twins):
             twin.do(event)
-            found = numbers.setdefault(twin.key(), len(numbers))
-            if found == len(followers):
+            follower = numbers.setdefault(twin.key(), len(numbers))
+            if follower == len(followers):
                 followers.append([])
-                stories.append(twin.tell("waits") if twin.waiting else None)
-                stack.append((found, twin))
+                traces.append(twin.tell("waits") if twin.waiting else None)
+                stack.append((follower, twin))
             if is_due:
-                followers[number].append(found)
-    return followers, stories
+                followers[number].append(follower)
+    return followers, traces

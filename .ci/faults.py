@@ -99,7 +99,7 @@ time.clock_gettime = lambda clock: (
 sys.exit(llmswap.main(argv))
 """
 
-FAULT_WORDS = (  # by which the table knows what clients and the log are told
+FAULT_WORDS = (  # texts in clients' answers and in the log that the table shows
     "exited with status 0", "exited with status 1", "killed by signal 9",
     "no sign of progress", " hung", "did not wake up", "broke off", "is not HTTP",
     "cannot be reached",
@@ -182,7 +182,7 @@ FAULT_ROW = "{:14} | {:9} | {:25} | {:21} | {}"
 FAULT_UNSERVED = ("queued", "sleeping", "unloading")  # without a new descriptor
 FAULT_BOUND = 15.0  # s; nothing takes longer
 FAULT_NOBODY = 64321  # a user whose processes, unlike root's, are limited
-AS_NOBODY = (  # who still reads the files of root
+AS_NOBODY = (  # as that user, but able to read root's files
     f"setpriv --reuid {FAULT_NOBODY} --inh-caps +dac_override "
     "--ambient-caps +dac_override"
 ).split()
@@ -197,8 +197,8 @@ def expected_rows(fault):
 
 
 def is_as_expected(fault, rows):
-    """Whether the rows are the table's; what stands there with a ? may be missing, and
-    of what stands on both sides of a / either may be."""
+    """Whether the rows match the table, in which "x?" is x or nothing, and "x/y" is
+    either x or y."""
     return all(
         was in cell.replace("?", "/").split("/")
         for row, expected in zip(rows, expected_rows(fault))
@@ -207,7 +207,7 @@ def is_as_expected(fault, rows):
 
 
 class FaultyLlmswap(Llmswap):
-    """llmswap that believes what its folder says of the clock, and suspects sooner."""
+    """llmswap with a clock that a file in its folder moves, and earlier suspicions."""
 
     def __init__(self, fault):
         super().__init__("")
@@ -216,7 +216,7 @@ class FaultyLlmswap(Llmswap):
         executable(program, f'exec {fake_command(port="")[:-8]} "$@" {mark}')
         self.folder.chmod(0o755)
         self.fake = f"{program} --port ${{PORT}}"
-        self.gate = self.folder / "gate"  # what lasts ends when this file is there
+        self.gate = self.folder / "gate"  # once it exists, what waits for it ends
         self.text = FAULT_INI.replace("GATE", str(self.gate))
         if fault == "port taken":
             self.text = self.text.replace("--load-until", "--bind-late --load-until")
@@ -248,7 +248,7 @@ class Plight:
     # before
 
     def _get_into_states(self):
-        """All at once, those last that do not last."""
+        """Bring each model into its state; those that end by themselves come last."""
         if self.fault == "port taken":  # strangers are older than the backends
             self.strangers = {state: Stranger() for state in FAULT_STATES[1:5]}
             for stranger in self.strangers.values():
@@ -292,8 +292,8 @@ class Plight:
             name = "blocker" if state == "queued" else state
             mark = rf"fake.pyc --port (\d+) --model {name}\b"
             for pid, line in lines.items():
-                if found := re.search(mark, line):
-                    self.servers[state] = pid, int(found[1])
+                if match := re.search(mark, line):
+                    self.servers[state] = pid, int(match[1])
         return len(self.servers) == 6 and takes_orders(self.servers["loading"][0])
 
     # the fault
@@ -327,7 +327,7 @@ class Plight:
         return rows
 
     def _rows(self, states):
-        self.told = self.swap.log()[self.mark :]
+        self.log_text = self.swap.log()[self.mark :]
         return [self._row(state, states[state]) for state in FAULT_STATES]
 
     def _end(self):
@@ -345,19 +345,19 @@ class Plight:
     def _row(self, state, after):
         """A line of the table."""
         names = f"{state}|blocker" if state == "queued" else state
-        lines = re.findall(rf"(?m)^\S+ (?:{names})\b.*", self.told)
+        lines = re.findall(rf"(?m)^\S+ (?:{names})\b.*", self.log_text)
         client = FAULT_NONSENSE.get((self.fault, state)) or self.clients[state].cell()
         return [self.fault, state, client, fault_words("\n".join(lines)), after]
 
     def _ask_again(self):
-        """Whatever happened: when it is over, each model serves."""
+        """After the fault each model serves."""
         again = [FaultClient(self.swap, state) for state in FAULT_STATES]
         for client in again:
             client.ask()
         for client in again:
             client.done.wait(FAULT_BOUND)
-            told = f"{client.model}: {client.data}\n{self.swap.log()}"
-            assert client.outcome == "200", told
+            evidence = f"{client.model}: {client.data}\n{self.swap.log()}"
+            assert client.outcome == "200", evidence
 
 
 def fault_words(text):
@@ -421,8 +421,8 @@ def takes_orders(pid):
 
 def is_gone(pid):
     """Whether the process is dead, buried or not."""
-    found = llmswap.process_stat(pid)
-    return found is None or found.state in "ZX"
+    stat = llmswap.process_stat(pid)
+    return stat is None or stat.state in "ZX"
 
 
 def is_stopped(pid):
@@ -469,7 +469,7 @@ def is_obeyed(order, port):
 
 
 def strike_stop(plight):
-    """All stand still; a signal reaches one thread, and the others when that runs."""
+    """Stop the servers: a thread takes the signal, the others stop a little later."""
     signal_servers(plight, signal.SIGSTOP)
     for pid, _ in plight.servers.values():
         eventually(lambda: is_gone(pid) or is_stopped(pid))
@@ -482,7 +482,7 @@ def strike_late(plight):
 
 
 def strike_port(plight):
-    """A stranger takes the port: before the backend does, or once that is dead."""
+    """A stranger takes the port before the backend, or after the backend's death."""
     for state, stranger in plight.strangers.items():
         pid, stranger.port = plight.servers[state]
         if state != "loading":
@@ -505,7 +505,7 @@ def rename(old, new):
 
 
 def limit(kind, soft, victims=FAULT_STATES):
-    """Until these have been answered."""
+    """Set a soft limit until the clients of these states have been answered."""
 
     def strike(plight):
         plight.limits = resource.prlimit(plight.swap.pid, kind)
@@ -524,7 +524,7 @@ def limit(kind, soft, victims=FAULT_STATES):
 
 
 def strike_fork(plight, soft=0):
-    """No process and no thread more: as its own user, whom alone the kernel asks."""
+    """Allow no further process or thread. The process's own user may set that."""
     user = {"user": FAULT_NOBODY} if os.getuid() == 0 else {}
     words = ["prlimit", "--pid", str(plight.swap.pid), f"--nproc={soft}:"]
     subprocess.run(words, check=True, **user)
@@ -540,7 +540,7 @@ def strike_file(name):
 
 
 def strike_sleep(plight):
-    """Everything stands still for a moment, which was an hour."""
+    """Stop everything for a moment, in which the clocks go on by an hour."""
     pids = [plight.swap.pid, *(pid for pid, _ in plight.servers.values())]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -601,7 +601,7 @@ FAULTS = {  # what happens, and what ends it
     "SIGTERM twice": (strike_term(2), nothing),
     "restart": (strike_restart, lambda plight: plight.swap.start()),
 }
-FAULT_NONSENSE = {  # why there is nothing to see
+FAULT_NONSENSE = {  # why the fault does not concern this state
     ("port taken", "queued"): "-: it has none yet",
     ("port taken", "unloading"): "-: it still has it",
     ("client leaves", "idle"): "-: nobody asks",
@@ -639,6 +639,6 @@ def faults_main(argv):
         print(*(FAULT_ROW.format(*row) for row in rows), sep="\n", flush=True)
         if not is_as_expected(plight.fault, rows):
             print("which is not what the table says:", *expected_rows(plight.fault))
-            print(plight.told)
+            print(plight.log_text)
             status = 1
     return status

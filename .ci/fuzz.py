@@ -88,8 +88,8 @@ def h11_request(data):
     line, mark, rest = re.sub(rb"\A(\r\n)+", b"", data).partition(b"\r\n")
     data = bytes(min(byte, 126) for byte in line) + mark + rest  # targets beyond ASCII
     start, payload, rest = h11_read(h11.Connection(h11.SERVER, 1 << 20), data)
-    found = start.method.decode(), start.target.decode(), fuzz_told(start), payload
-    return found, rest
+    request = start.method.decode(), start.target.decode(), fuzz_told(start), payload
+    return request, rest
 
 
 def h11_answer(data, method):
@@ -293,8 +293,8 @@ class FuzzDice(random.Random):
 
 
 def fuzz_read(pieces):
-    """The requests that llmswap reads, and what it refuses the next with; `method` is
-    that of a request of which only the body is refused."""
+    """The requests that llmswap reads, and the error for the next one or None; its
+    `method` is that of a request of which only the body is refused."""
     reader, served = reader_of(*pieces), []
     method = "GET"
     try:
@@ -331,14 +331,14 @@ def fuzz_compare(data, served):
     rest = data
     for method, target, headers, body in served:
         try:
-            found, rest = h11_request(rest)
+            message, rest = h11_request(rest)
         except h11.RemoteProtocolError as error:
             fuzz_require(False, "h11 refuses", error, rest, data)
         ascii_target = "".join(min(char, "~") for char in target)
-        is_absolute = found[1][:4].lower() == "http"
-        is_alike = found[1].endswith(ascii_target.lstrip("/" * is_absolute))
-        read = method, found[1] if is_alike else target, headers, body
-        fuzz_require(found == read, "read otherwise", found, read, data)
+        is_absolute = message[1][:4].lower() == "http"
+        is_alike = message[1].endswith(ascii_target.lstrip("/" * is_absolute))
+        read = method, message[1] if is_alike else target, headers, body
+        fuzz_require(message == read, "read otherwise", message, read, data)
 
 
 def fuzz_parse_request(dice):
@@ -368,10 +368,10 @@ def fuzz_parse_answer(dice):
         return "upgraded"
     read = answer.status, answer.headers, payload
     try:
-        found, may_go_on = h11_answer(data, method)
+        message, may_go_on = h11_answer(data, method)
     except h11.RemoteProtocolError as error:
         fuzz_require(False, "h11 refuses", method, error, data)
-    fuzz_require(found == read, "read otherwise", method, found, read, data)
+    fuzz_require(message == read, "read otherwise", method, message, read, data)
     is_all = may_go_on or answer.is_http_10 or reader.sock.unread  # h11 ends all 1.0
     fuzz_require(is_all or not answer.is_reusable, "serves another", method, data)
     return "read"
@@ -398,7 +398,7 @@ def fuzz_parser(count, seed):
 
 
 class FuzzClient:
-    """One after the other, connections with mutated requests."""
+    """Makes connections with mutated requests, one after the other."""
 
     def __init__(self, server, backend, model, seed):
         self.server, self.backend, self.model = server, backend, model
@@ -418,7 +418,7 @@ class FuzzClient:
                 self.violations.append(f"{self.model} {number}: {error!r}")
 
     def _look_at_backend(self):
-        for request in self.backend.news():
+        for request in self.backend.take_requests():
             is_request = isinstance(request, recorder.ForwardedRequest)
             fuzz_require(is_request, "forwarded", request)
             digest = recorder.request_digest(*request.start[:2], request.body)
@@ -462,7 +462,7 @@ class FuzzClient:
             with contextlib.suppress(ConnectionError):
                 client.buffer = client.buffer or client.sock.recv(65536)
             if not client.buffer or client.buffer.endswith(b" Continue\r\n\r\n"):
-                return  # told to go on, we did not
+                return  # after a 100 Continue we sent no body
             client.method = method
             yield client.answer()
 
@@ -494,7 +494,7 @@ def fuzz_wire(count, seed):
         ]
         for client in clients:
             assert server.get(f"/upstream/{client.model}/").status == 200
-            client.backend.news()
+            client.backend.take_requests()
         counts = [math.ceil(count / len(clients))] * len(clients)
         list(pool.map(FuzzClient.run, clients, counts))
         violations = sum((client.violations for client in clients), [])

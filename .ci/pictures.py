@@ -61,7 +61,7 @@ GPU = {"1420": 18842, "610": 1138}  # MiB by ballast
 OPENCODE = {"User-Agent": "opencode/1.0.134", "X-Session-Id": "ses_5f1c"}
 ROO = {"User-Agent": "RooCode/3.36.0"}
 WEBUI = {"User-Agent": "OpenWebUI/0.6.41"}
-REQUESTS = (  # who asks, the model, and what its answer is to be like
+REQUESTS = (  # headers that name the client, the model, wishes for its answer
     (ROO, "qwen3-coder", {"prompt_tokens": 11874, "talk": 1, "tokens": 96, "delay": 1.2}),
     ({"User-Agent": "curl/8.14.1"}, "gemma-3-27b", {}),
     (ROO, "qwen3-coder", {"prompt_tokens": 12411, "talk": 1, "tokens": 118}),

@@ -51,7 +51,7 @@ def read_line(file, expected=None):
 
 
 class RecordingBackend:
-    """A backend that answers each request with what names it, or as a test wishes."""
+    """A backend that answers each request with its digest, or as a test wishes."""
 
     def __init__(self):
         self._seen = queue.SimpleQueue()
@@ -90,8 +90,8 @@ class RecordingBackend:
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + body)
         return True
 
-    def news(self):
-        """What was seen since this was last asked: requests, and ValueErrors."""
+    def take_requests(self):
+        """The requests, and ValueErrors, since the last call."""
         seen = []
         while not self._seen.empty():
             seen.append(self._seen.get())
@@ -103,5 +103,5 @@ class RecordingBackend:
 
 
 def request_digest(method, target, body):
-    """What names a request."""
+    """The SHA-256 of a request in hex, by which it is recognized."""
     return sha256(f"{method} {target} ".encode() + body).hexdigest().encode()

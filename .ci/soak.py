@@ -81,7 +81,7 @@ class SoakViolation(Exception):
 
 
 class SoakSilence(SoakViolation):
-    """No answer at all, which only a restart of llmswap excuses."""
+    """No answer at all, which is allowed only during a restart of llmswap."""
 
 
 def soak_require(condition, evidence):
@@ -140,7 +140,7 @@ class SoakClient:
         self.tally = tally
         self.random = random.Random(seed)
         self.stop = stop
-        self.connection = self.connected = None  # and at which count of restarts
+        self.connection = self.connected = None  # and the count of restarts then
 
     def run(self):
         """Ask until told to stop."""
@@ -198,7 +198,7 @@ class SoakClient:
         return chat_body(model, tag=tag, **wish), tag
 
     def ask(self, model, path, body, headers=()):
-        """The answer to a POST, None if its body was cut, which is no lie."""
+        """The answer to a POST, None if its body was cut, which is allowed."""
         connection = self.connect()
         with contextlib.suppress(ConnectionError):  # refused in mid-body: read on
             connection.send("POST", path, body, headers)
@@ -414,8 +414,8 @@ def soak_form(client):
     answer = client.ask(model, "/v1/audio/transcriptions", body.encode(), headers)
     if outcome := client.outcome(answer, model):
         return outcome
-    found = answer.json()["fields"]["file"]["size"]
-    soak_require(found == size, f"{model}: {found} bytes of {size}")
+    length = answer.json()["fields"]["file"]["size"]
+    soak_require(length == size, f"{model}: {length} bytes of {size}")
     return "complete"
 
 
@@ -426,9 +426,9 @@ def soak_embeddings(client):
     answer = client.ask(model, "/v1/embeddings", body)
     if outcome := client.outcome(answer, model):
         return outcome
-    found = answer.json()
-    soak_require(len(found["data"]) == count, f"{model}: {found}")
-    name = found["served_by"].split()[0]
+    document = answer.json()
+    soak_require(len(document["data"]) == count, f"{model}: {document}")
+    name = document["served_by"].split()[0]
     soak_require(name == soak_server_name(model), f"{model} was answered by {name}")
     return "complete"
 
@@ -520,23 +520,23 @@ class SoakChaos:
 
     def _disturb(self, chaos):
         """Do one thing, and look at the invariants."""
-        deeds, weights = list(chaos), list(chaos.values())
-        deed = self.random.choices(deeds, weights)[0]
-        self.tally.chaos[deed] += 1
+        actions, weights = list(chaos), list(chaos.values())
+        action = self.random.choices(actions, weights)[0]
+        self.tally.chaos[action] += 1
         try:
-            deed(self)
+            action(self)
             self._look()
         except SoakViolation as violation:
-            self.tally.violate(f"{deed.__name__}: {violation}")
+            self.tally.violate(f"{action.__name__}: {violation}")
         except (OSError, BrokenAnswer, AssertionError, ValueError) as error:
-            self.tally.violate(f"{deed.__name__}: {type(error).__name__}: {error}")
+            self.tally.violate(f"{action.__name__}: {type(error).__name__}: {error}")
 
     def _look(self):
         """Never more servers than allowed, no zombies that stay."""
         servers = self.fakes()
         if len(servers) > 2:  # the list was not read in one instant: look again
             staying = servers.items() & self.fakes().items()
-            lines = {line for _, line in staying}  # a child has that of its parent
+            lines = {line for _, line in staying}  # a forked child has its parent's
             soak_require(len(lines) <= 2, f"too many servers at once: {servers}")
         if dead := set(zombies_of(self.server.pid)):
             time.sleep(1)
@@ -554,9 +554,9 @@ class SoakChaos:
 
     def kill_helper(self):
         """Kill one of llmswap's own helpers, such as its guard."""
-        others = set(family(self.server.token)) - {self.server.pid} - set(self.fakes())
-        if others:
-            soak_kill(self.random.choice(sorted(others)))
+        helpers = set(family(self.server.token)) - {self.server.pid} - set(self.fakes())
+        if helpers:
+            soak_kill(self.random.choice(sorted(helpers)))
 
     def restart(self):
         """SIGTERM or SIGINT, one or two, and a new start."""
@@ -699,7 +699,7 @@ class SoakRun:
         self._join(threads, tally)
 
     def _visit_all(self, server):
-        """Use each model and many connections once: what is kept for later then is."""
+        """Use each model and many connections once, which fills all caches."""
         for model in SOAK_MODELS:
             server.chat(model)
         crowd = [server.connect() for _ in range(48)]
@@ -737,7 +737,7 @@ class SoakRun:
         early, late = tally.peaks["early"], tally.peaks["late"]
         most = {name: size + 4 for name, size in self.sizes["before"].items()}
         most["resident"] = max(most["resident"] + 16, early["resident"])
-        gc.collect()  # connections that our own errors still hold
+        gc.collect()  # connections that tracebacks still hold
         with contextlib.suppress(AssertionError):
             eventually(lambda: not self._grown(server, most), 30, every=0.5)
         self.sizes["after"] = soak_size(server.pid)
@@ -752,7 +752,7 @@ class SoakRun:
                 tally.violate(f"{action} was never complete")
 
     def _grown(self, server, most):
-        """What is more than it may be when all is quiet."""
+        """The sizes that are above `most`, as texts."""
         now = soak_size(server.pid)
         return [
             f"{name}: {now[name]}, not {most[name]}"

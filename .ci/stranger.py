@@ -1,4 +1,4 @@
-"""A process that takes the port it reads, and tells what it hears."""
+"""A process that listens on the port it reads, and prints what it receives."""
 
 import socket, sys
 

@@ -12,13 +12,13 @@ verb = next(word for word in options if not word.startswith("-"))
 assert options[0] in ("--user", "--system")
 
 
-def path(name, what):
-    return os.path.join(folder, name + "." + what)
+def path(name, suffix):
+    return os.path.join(folder, name + "." + suffix)
 
 
-def read(name, what):
+def read(name, suffix):
     try:
-        with open(path(name, what)) as file:
+        with open(path(name, suffix)) as file:
             return file.read().strip()
     except OSError:
         return ""
@@ -69,9 +69,9 @@ for name in names:
     elif verb == "start" and state(name) == "failed":
         sys.exit("Start request repeated too quickly.")
     elif verb == "start" and not alive(name):
-        for what in "status", "pid":
-            if os.path.exists(path(name, what)):
-                os.unlink(path(name, what))
+        for suffix in "status", "pid":
+            if os.path.exists(path(name, suffix)):
+                os.unlink(path(name, suffix))
         script = "%s & echo $! >%s; wait $!; s=$?; sleep 0.1; echo $s >%s" % (
             read(name, "cmd"),
             path(name, "pid"),

@@ -27,7 +27,7 @@ def in_words(decision):
 class World:
     """What surrounds a scheduler: a clock, backends that take time, requests that end.
 
-    `seconds(what, name)` says how long a load, stop, sleep, wake or request takes.
+    `seconds(kind, name)` says how long a load, stop, sleep, wake or request takes.
     `witness(decision)` sees each decision before it is carried out.
     """
 
@@ -79,14 +79,14 @@ class World:
             backend = SimulatedBackend(order.name, order.run)
             self.backends[order.name] = backend
         backend.obey("loading")
-        what = "wake" if order.is_wake else "load"
-        seconds = self.seconds(what, backend.name)
+        kind = "wake" if order.is_wake else "load"
+        seconds = self.seconds(kind, backend.name)
         self.after(seconds, self._come_up, backend, backend.orders)
 
     def _stop(self, backend, to_sleep):
         backend.obey("falling asleep" if to_sleep else "ending")
-        action, what = (self._sleep, "sleep") if to_sleep else (self.end, "stop")
-        self.after(self.seconds(what, backend.name), action, backend, backend.orders)
+        action, kind = (self._sleep, "sleep") if to_sleep else (self.end, "stop")
+        self.after(self.seconds(kind, backend.name), action, backend, backend.orders)
 
     def _come_up(self, backend, orders):
         if backend.orders == orders:
@@ -175,8 +175,8 @@ def usable(limits, specs):
         else:
             specs = {**specs, name: spec._replace(is_pinned=False)}
     for name, spec in specs.items():
-        others = [pin for pin in pins if pin.name != name]
-        if limits.allow(others + [demand(name, spec)]):
+        other_pins = [pin for pin in pins if pin.name != name]
+        if limits.allow(other_pins + [demand(name, spec)]):
             fit[name] = spec
     return fit
 
@@ -214,14 +214,14 @@ class Walk:
         self.released = set()  # names that are not kept loaded
         self.retry_victim = {}  # name -> the SimulatedBackend stopped for its retry
         self.is_keep_loaded_paused = self.is_closed = False
-        self.story = collections.deque(maxlen=60)
+        self.trace = collections.deque(maxlen=60)
 
     def _random_specs(self, limits):
         names = WALK_NAMES[: self.rng.randint(2, len(WALK_NAMES))]
         return {name: random_spec(self.rng, limits) for name in names}
 
-    def _seconds(self, what, name):
-        return self.rng.uniform(0.01, LONGEST[what])
+    def _seconds(self, kind, name):
+        return self.rng.uniform(0.01, LONGEST[kind])
 
     # events
 
@@ -282,8 +282,8 @@ class Walk:
     def _leave(self, ticket):
         self._note(f"withdraw {ticket.number} {ticket.model.name}")
         self.core.finish(ticket, self.world.now)
-        for where in (self.waiting, self.leases, self.bounds):
-            where.pop(ticket.number, None)
+        for table in (self.waiting, self.leases, self.bounds):
+            table.pop(ticket.number, None)
         self._forget_retry(ticket.model.name)
 
     def _forget_retry(self, name):
@@ -329,7 +329,7 @@ class Walk:
         self.retry_victim[name] = self.world.backends[victim]
 
     def _learn(self):
-        """A model is found to need more or less than it was taken to need."""
+        """The known needs of a model grow or shrink."""
         name = self.rng.choice(sorted(self.specs) or [None])
         if name:
             spec, budget = self.specs[name], self.core.limits.budget
@@ -340,7 +340,7 @@ class Walk:
             self._learn_needs(name, needs)
 
     def _learn_needs(self, name, needs):
-        """It is told only what fits beside all pinned ones: the Pool sees to that."""
+        """Learn needs only if they fit beside all pinned models, as the Pool does."""
         specs = {**self.specs, name: self.specs[name]._replace(needs=needs)}
         if usable(self.core.limits, specs) == specs:
             self._note(f"learn {name} {needs}")
@@ -376,8 +376,8 @@ class Walk:
             self.released.discard(name)
             self.keep_loaded_at[name] = -math.inf
 
-    def _doze(self):
-        """A backend that nobody uses goes to sleep, or wakes, by its own choice."""
+    def _sleep_or_wake(self):
+        """An unused backend falls asleep by itself, or one wakes."""
         for backend in self.world.backends.values():
             if backend.phase == "up" and not self._in_flight(backend):
                 self._note(f"{backend.name} falls asleep by itself")
@@ -388,21 +388,21 @@ class Walk:
                 backend.phase = "up"
                 return self.core.loaded(backend.name, backend.run, self.world.now)
 
-    def _late_news(self):
-        """News that has crossed with an order, or is of a backend long gone."""
-        news = self.rng.choice((self.core.loaded, self.core.slept))
+    def _report_late(self):
+        """A report crosses with an order, or comes from a backend that is gone."""
+        report = self.rng.choice((self.core.loaded, self.core.slept))
         for backend in self.world.backends.values():
             if backend.phase == "ending":
-                self._note(f"late {news.__name__} {backend.name}")
-                news(backend.name, backend.run, self.world.now)
-                if news == self.core.loaded:  # it woke before it was told to stop
+                self._note(f"late {report.__name__} {backend.name}")
+                report(backend.name, backend.run, self.world.now)
+                if report == self.core.loaded:  # it woke before it was told to stop
                     backend.was_asleep = False
         name = self.rng.choice(WALK_NAMES)
         backend = self.world.backends.get(name)
         if self.newest[name] and backend is None or self.newest[name] > 1:
             old = self.newest[name] if backend is None else backend.run - 1
-            news = self.rng.choice((news, self.core.exited))
-            news(name, old, self.world.now)
+            report = self.rng.choice((report, self.core.exited))
+            report(name, old, self.world.now)
 
     def _find(self):
         for name in sorted(self.specs):
@@ -502,9 +502,9 @@ class Walk:
 
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
-        _crash, _crash, _doze, _late_news, _find, _unload, _keep_alive, _keep_alive,
-        _unload_all, _configure, _close, _stop_all, _learn, _learn, _learn, _starve,
-        _starve, _starve,
+        _crash, _crash, _sleep_or_wake, _report_late, _find, _unload, _keep_alive,
+        _keep_alive, _unload_all, _configure, _close, _stop_all, _learn, _learn, _learn,
+        _starve, _starve, _starve,
     ]  # fmt: skip
 
     # the judge
@@ -529,10 +529,10 @@ class Walk:
         return decisions
 
     def _note(self, text):
-        self.story.append(f"{self.world.now:9.3f}  {text}")
+        self.trace.append(f"{self.world.now:9.3f}  {text}")
 
     def tell(self, fault):
-        return "\n".join([fault, str(self.core.limits), str(self.specs), *self.story])
+        return "\n".join([fault, str(self.core.limits), str(self.specs), *self.trace])
 
     def expect(self, truth, fault):
         if not truth:
@@ -576,7 +576,7 @@ class Walk:
     def _settled(self, decision):
         ticket = self.waiting.pop(decision.ticket.number, None)
         if ticket is None:
-            return  # refused at once, and withdrawn before anybody was told
+            return  # refused at once, but withdrawn before the decision
         self._forget_retry(ticket.model.name)
         bound = self.bounds.pop(ticket.number, math.inf)
         self.expect(self.world.now <= bound + 1e-6, f"{ticket.number} waited beyond {bound}")
@@ -722,7 +722,7 @@ class Walk:
     _judge_abandoned = _judge_evicted
 
     def _judge_needs(self):
-        """What runs counts for more only as far as that breaks no limit."""
+        """The needs counted for running backends grow only within the limits."""
         grown, limits = set(), self.core.limits.budget
         for name, backend in self.world.backends.items():
             before = self._held_by(backend).needs
@@ -773,7 +773,7 @@ class Walk:
                 self.expect(is_soon, f"{name} is not kept loaded")
 
     def _judge_rest(self):
-        """Having decided, there is nothing to decide, and something will happen."""
+        """A second decision changes nothing, and no ticket is stuck."""
         again, deadline = self.core.decide(self.world.now)
         self.expect(not again, f"decided more on second thoughts: {again}")
         self.expect(deadline == self.world.deadline, "has another deadline")
