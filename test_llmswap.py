@@ -914,7 +914,7 @@ OPTIONS = llmswap.parse_help(HELP)
      ["ab:cd:ef:01:23", "ab:cd:ef:01:23:45:67", "abcdef012345", "gb:cd:ef:01:23:45"]),
     ("proxy", {"https://h:1/base": "https://h:1/base"},
      ["", "h:1", "ftp://h", "http://", "http://h/a b", "http://h:80800", "http://h:0",
-      "http://[::1:80"]),
+      "http://[::1:80", "http://:80"]),
     ("allowed-hosts", {"My-Box, b": ("my-box", "b")}, []),
     ("loading-notice", {"OFF": "off"}, ["", "on"]),
 ])
@@ -1590,6 +1590,14 @@ A ticket that may not load is refused once its model is to go
     9    ask a no-load       -> refuse 4: invalid_request
     9    end 2           -> evicted a for b
     9    ask a no-load       -> refuse 5: invalid_request
+
+A ticket that may not load is no reason to retry a load without memory
+    a b | models_max=2
+    0    serve a 1
+    2    ask b           -> start b
+    2    ask b no-load
+    2    end 2
+    3    exited b starved       -> refuse 3: model_start_failed
 
 A changed model drains and is replaced, and its tickets wait
     a
@@ -5269,6 +5277,8 @@ def test_what_is_kept_loaded_returns_although_no_request_may_load():
     with Llmswap(text) as server:
         eventually(lambda: server.states()["a"] == "loaded")
         assert server.get("/unload").status == 200
+        assert server.get("/upstream/a/slots").status == 409  # is no use of it
+        assert server.states()["a"] == "unloaded"
         eventually(lambda: server.chat("a").status == 200)
 
 
@@ -8602,8 +8612,10 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
             assert aside.read_text(encoding="latin-1") == text
             assert len(json.loads(path.read_text())["needs"]) == 1
     path.unlink(), aside.unlink(), path.mkdir()  # it cannot be read, whole as it is
-    llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
-    assert len(log) == 1 and path.is_dir() and not aside.exists()
+    needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
+    needs.learn(model, {"ram": GB}, False, False)
+    needs.save()
+    assert len(log) == 2 and path.is_dir() and not aside.exists()
 
 
 FIT_HELP = """\
