@@ -2840,9 +2840,10 @@ def options_of(binary: str) -> OptionTable:
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
             argv, no_log = [path, "--help"], subprocess.DEVNULL
             status, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            is_whole = status is not None  # else it was killed
-            options = is_whole and parse_help(text) or UNKNOWN_OPTIONS
-            pause = math.inf if is_whole else ASK_AGAIN_AFTER
+            was_killed = status is None
+            table = None if was_killed else parse_help(text)
+            options = table or UNKNOWN_OPTIONS
+            pause = ASK_AGAIN_AFTER if was_killed else math.inf
             _options[key] = options, time.monotonic() + pause
         return options
 
@@ -4875,7 +4876,7 @@ class Pool:
     # -- operators -------------------------------------------------------------------
 
     def load(self, model: Model) -> bool:
-        """Begin to load the model, without back-off; False if it is or does so."""
+        """Begin to load the model, without back-off; False if it is in memory."""
         if self.backend_of(model, State.LOADING, State.LOADED):
             return False
         self._check_start(model)
