@@ -1632,17 +1632,17 @@ class Ticket:
     """A request that waits for a backend or, once granted, holds a lease of it.
 
     A preemptible lease ends when its model is stopped; no stop waits for it. A manual
-    ticket loads the model and holds no lease. One that may not load is refused once its
-    model would have to be loaded for it.
+    ticket loads the model and holds no lease. One with a `load_refusal` is refused with
+    it once its model would have to be loaded.
     """
 
-    def __init__(self, number, model, arrived, preemptible, manual, may_load):
+    def __init__(self, number, model, arrived, preemptible, manual, load_refusal):
         self.number = number
         self.model = model
         self.arrived = arrived
         self.preemptible = preemptible
         self.manual = manual
-        self.may_load = may_load
+        self.load_refusal = load_refusal
         self.run = None  # of the backend that was granted
         self.waiter = None  # belongs to the caller
 
@@ -1842,14 +1842,14 @@ class Scheduler:
     # -- events: requests ------------------------------------------------------------
 
     def submit(
-        self, name: str, now: float, preemptible=False, manual=False, may_load=True
+        self, name: str, now: float, preemptible=False, manual=False, load_refusal=None
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
         model.resume_keep_loaded()
         self.resume_keep_loaded()
         number = next(self._numbers)
-        ticket = Ticket(number, model, now, preemptible, manual, may_load)
+        ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
         if manual:
             model.reset_failures()
         else:
@@ -1977,7 +1977,8 @@ class Scheduler:
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
         is_wanted = any(
-            ticket.model is model and ticket.may_load for ticket in self._queue.values()
+            ticket.model is model and not ticket.load_refusal
+            for ticket in self._queue.values()
         )
         if not (is_first and model.needs_room and is_wanted):
             return None
@@ -2181,8 +2182,9 @@ class Scheduler:
             self._look_again_at(ends)
         is_younger = model.drains_for and model.drains_for.number < ticket.number
         is_up = model.state in (State.LOADING, State.LOADED)
-        if not ticket.may_load and (not is_up or model.is_stopping_soon or is_younger):
-            return BadRequest("model is not loaded")
+        if not is_up or model.is_stopping_soon or is_younger:
+            if ticket.load_refusal:
+                return ticket.load_refusal
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
@@ -4777,17 +4779,19 @@ class Pool:
 
     @contextlib.contextmanager
     def lease(
-        self, model: Model, disconnected: Callable, preemptible=False, may_load=True
+        self, model: Model, disconnected: Callable, preemptible=False, load_refusal=None
     ):
-        """Yield a ready backend of the model, loading it if need be and allowed. It is
-        not evicted before the block ends, unless the lease is preemptible.
+        """Yield a ready backend of the model; load it if need be, or raise the refusal
+        to do so. It is not evicted before the block ends, unless the lease is
+        preemptible.
 
         Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
         is true, which is called every POLL_INTERVAL.
         """
         while True:
             self._check_start(model, disconnected)
-            ticket = self._submit(model, preemptible=preemptible, may_load=may_load)
+            kind = {"preemptible": preemptible, "load_refusal": load_refusal}
+            ticket = self._submit(model, **kind)
             try:
                 backend = _await_backend(ticket.waiter, disconnected)
                 if backend is not None:
@@ -4864,7 +4868,7 @@ class Pool:
         return self._scheduler.models[name]
 
     def resume_keep_loaded(self):
-        """A request was refused because it may not load its model: see Scheduler."""
+        """A request was refused because its model is not loaded: see Scheduler."""
         with self._event():
             self._scheduler.resume_keep_loaded()
 
@@ -8414,7 +8418,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
-            self._may_use(model)  # raises Forbidden for a foreign page
+            self._check_use(model)
             return self._forward(model, self.head.target, RequestInfo())
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
@@ -8425,21 +8429,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outgoing = self._upstream_request(model, self.head.target, RequestInfo())
         self._relay(outgoing, backend)
 
-    def _may_use(self, model, by_default=True):
-        """Return whether the model is loaded, or may be loaded by this request. Raise
-        Forbidden if a foreign page causes a GET that would load it."""
-        is_safe = self.head.method in SAFE_METHODS
+    def _check_use(self, model, refusal=None):
+        """Raise a refusal if the model is not loaded, and may not be by this request:
+        the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
+        a GET that would load it."""
+        is_safe, is_asset = self.head.method in SAFE_METHODS, refusal is not None
         if is_safe and not self.pool.backend_of(model, State.LOADED):
             self._check_no_foreign_page()
-        self.may_load = by_default and self.config.settings.models_autoload
+        not_loaded = BadRequest("model is not loaded")
+        if not self.config.settings.models_autoload:
+            refusal = refusal or not_loaded
         value = self.head.parameter("autoload")
         if value:
-            self.may_load = value in ("true", "1")
-        if self.may_load or self.pool.backend_of(model, State.LOADING, State.LOADED):
-            return True
-        if by_default and not value:
-            self.pool.resume_keep_loaded()
-        return False
+            refusal = None if value in ("true", "1") else not_loaded
+        self.load_refusal = refusal
+        if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
+            if not (is_asset or value):
+                self.pool.resume_keep_loaded()
+            raise refusal
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
@@ -8454,12 +8461,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         query = self.head.target[len(self.head.path) :]
         if not path:
             return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
-        is_page = path == "/" or self.head.method not in SAFE_METHODS
-        if not self._may_use(model, is_page):
-            if self.head.parameter("autoload") or self.head.method not in SAFE_METHODS:
-                raise BadRequest("model is not loaded")
+        refusal = None
+        may_load = path == "/" and self.config.settings.models_autoload
+        if self.head.method in SAFE_METHODS and not may_load:
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
-            raise ModelNotLoaded(text)
+            refusal = ModelNotLoaded(text)
+        self._check_use(model, refusal)
         info = self._request_info(is_needed=False)
         self._forward(model, path + query, info, preemptible=True)
 
@@ -8478,8 +8485,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
         model = self.model = model or self._resolve(name or None)
-        if not self._may_use(model):
-            raise BadRequest("model is not loaded")
+        self._check_use(model)
         self._forward(model, self.head.target, info)
 
     def _forward(self, model, target, info, preemptible=False):
@@ -8501,7 +8507,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         transform_of = _repair_for if model.settings.json_repair else lambda _: None
         asked_at = time.monotonic()
         for is_last in (False, True):
-            terms = model, self.response.heartbeat, preemptible, self.may_load
+            terms = model, self.response.heartbeat, preemptible, self.load_refusal
             with self.pool.lease(*terms) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8515,7 +8521,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
                 except BackendDied as error:
                     has_died = not self.response.sent and backend.died(1.0)
-                    may_repeat = outgoing.rest is None and self.may_load
+                    may_repeat = outgoing.rest is None and not self.load_refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None

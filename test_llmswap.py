@@ -1986,7 +1986,8 @@ class Story:
         """Nothing but time passes."""
 
     def _ask(self, now, name, kind=None):
-        kinds = {"no-load": {"may_load": False}, None: {}}.get(kind, {kind: True})
+        refusal = llmswap.BadRequest("not loaded")
+        kinds = {"no-load": {"load_refusal": refusal}, None: {}}.get(kind, {kind: True})
         self.tickets.append(self.core.submit(name, now, **kinds))
 
     def _end(self, now, number):
