@@ -4479,7 +4479,7 @@ def _gguf_value(file, kind):
 
 
 class Details(NamedTuple):
-    """What is known of a model without loading it.
+    """The facts of a model that can be told without a load.
 
     `options` are the values of its llama-server options by name. `problem` says why a
     start is bound to fail. `meta` and `inputs` are as llama-server would tell them.
@@ -5919,7 +5919,7 @@ class RequestInfo(NamedTuple):
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return which model the body of a request names.
+    """Return the model that the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
     needed, the body may be anything: what is neither JSON nor a form is not read, and a
