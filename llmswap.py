@@ -5922,8 +5922,8 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Return the model that the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, the body may be anything: what is neither JSON nor a form is not read, and a
-    form no further than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
+    needed, a body that is neither JSON nor a form is not read, and a form no further
+    than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
     UnsupportedCoding, RequestTimeout, ClientDisconnected.
     """
     body.decode()
