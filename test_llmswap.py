@@ -9045,6 +9045,7 @@ class Keeping(Llmswap):
     def tell(self, talk="x", prompt=3000, model="a", **wish):
         """Go on with a conversation; return how much of its prompt was in the cache."""
         answer = self.chat(model, talk=talk, prompt_tokens=prompt, **wish)
+        eventually(lambda: self.get("/health").json()["requests"] == 0)  # it is recorded
         return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def swap(self):
