@@ -2601,8 +2601,9 @@ class Upstream:
         with contextlib.suppress(IndexError):
             while not was_used:
                 sock = self._idle.pop()
-                was_used = _is_quiet(sock)
-                if not was_used:
+                rest_of_record = getattr(sock, "pending", int)()  # of TLS
+                was_used = not (rest_of_record or await_event(sock, select.POLLIN, 0))
+                if not was_used:  # the backend has closed it, or sent bytes unasked
                     sock.close()
         if not was_used:
             sock = self.dial(10.0)
@@ -2659,12 +2660,11 @@ def set_socket_timeouts(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def _is_quiet(sock):
-    """Whether the other side neither closed nor sent anything unasked."""
+def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+    """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, select.POLLIN)
-    rest_of_record = getattr(sock, "pending", int)()  # of TLS
-    return not (rest_of_record or waiter.poll(0))
+    waiter.register(sock, event)
+    return bool(waiter.poll(seconds * 1000))
 
 
 # -- the guard -------------------------------------------------------------------------
@@ -4793,8 +4793,11 @@ class Pool:
             kind = {"preemptible": preemptible, "load_refusal": load_refusal}
             ticket = self._submit(model, **kind)
             try:
-                backend = _await_backend(ticket.waiter, disconnected)
-                if backend is not None:
+                backend = _await_result(ticket.waiter, disconnected)
+                while (is_reachable := backend.is_reachable()) is None:
+                    if disconnected():
+                        raise ClientDisconnected
+                if is_reachable:
                     yield backend
                     return
             finally:
@@ -5474,16 +5477,6 @@ def _await_result(future, disconnected):
     return future.result()
 
 
-def _await_backend(future, disconnected):
-    """Return the granted backend, or None if it cannot be reached. Raise the APIError
-    of a refusal, or ClientDisconnected."""
-    backend = _await_result(future, disconnected)
-    while (is_reachable := backend.is_reachable()) is None:
-        if disconnected():
-            raise ClientDisconnected
-    return backend if is_reachable else None
-
-
 def address_of(model: Model) -> Dict[str, int]:
     """Return a unit's address as a resource of which there is one, so that units with
     the same address are never loaded together."""
@@ -5656,13 +5649,6 @@ def send_all(sock: socket.socket, data, monitor: StallMonitor):
             monitor.restart()
         except _TIMEOUTS:
             monitor()
-
-
-def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
-    """Return whether an event of select.poll() comes within so many seconds."""
-    waiter = select.poll()
-    waiter.register(sock, event)
-    return bool(waiter.poll(seconds * 1000))
 
 
 # -- heads -----------------------------------------------------------------------------
@@ -6921,11 +6907,9 @@ def printable(text: str) -> str:
     """Return the text without colours, with control characters as \\xNN, so that a
     terminal does not obey them. Line feeds stay, tabs become blanks."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).expandtabs()
-    return CONTROL_CHARS.sub(_shown_char, text)
-
-
-def _shown_char(match):
-    return match[0] if match[0] == "\n" else ascii(match[0])[1:-1]
+    return CONTROL_CHARS.sub(
+        lambda char: char[0] if char[0] == "\n" else ascii(char[0])[1:-1], text
+    )
 
 
 # -- numbers in answers ----------------------------------------------------------------

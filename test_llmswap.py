@@ -4069,10 +4069,12 @@ def test_a_kept_connection_with_tls_holds_nothing_of_its_last_record(tmp_path):
         ours = trust.wrap_socket(plain, server_hostname="127.0.0.1")
         theirs, _ = listener.accept()
     with ours, theirs:
-        theirs.sendall(b"answer, and more")
-        for size, is_quiet in ((6, False), (10, True)):
+        upstream = llmswap.Upstream(f"http://127.0.0.1:{tls.port}")
+        for size, is_kept in ((16, True), (6, False)):
+            theirs.sendall(b"answer, and more")
             assert len(ours.recv(size)) == size
-            assert llmswap._is_quiet(ours) is is_quiet
+            upstream.release_connection(ours)
+            assert upstream.connect()[1] is is_kept
 
 
 class Code(str):
