@@ -9036,7 +9036,6 @@ def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
         )
     listeners = []
     for fd in range(3, 3 + int(count or 0)):
-        os.set_inheritable(fd, False)
         try:
             listener = socket.socket(fileno=fd)
             accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

@@ -3562,11 +3562,12 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
                 assert client.ask("POST", CHAT, nonsense).status == 400
             assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
             began = time.monotonic()
-            events = client.ask("POST", CHAT, {**body, "stream": True}).body
+            answer = client.ask("POST", CHAT, {**body, "stream": True})
             assert time.monotonic() > began + 0.2
-            words = re.findall(rb'"content": ?"([^"]*)"', events)
+            assert answer.headers["content-type"] == "text/event-stream"
+            words = re.findall(rb'"content": ?"([^"]*)"', answer.body)
             assert words == [b"jo ", b"says: ", b"Hi ", b"you"]
-            assert events.endswith(b"data: [DONE]\n\n")
+            assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
 def brisk(text, **more):
@@ -4233,6 +4234,7 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
             assert float(marks[-1]) > ended + 0.45
             done = "idle-command ended with status 0"
             eventually(lambda t=turn: server.log().count(done) == t)
+            assert server.log().count(f"idle: running {command}") == turn
             assert server.states() == {"k": "unloaded", "b": "unloaded"}
             assert starts_of(server, "k") == turn  # it rests until a request
 
