@@ -5962,13 +5962,14 @@ def _find_in_form(data, content_type):
     if not boundary:
         raise BadRequest("multipart/form-data without a boundary")
     delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
-    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n)*)\r\n")
+    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
     for match in part.finditer(data):
         if _MODEL_FIELD.search(match[1]):
             start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
-            if end >= 0:
-                model = data[start:end].decode("utf-8", "replace")
-                return RequestInfo(model, (start, end))
+            if end < 0:
+                break  # nor is any later one whole
+            model = data[start:end].decode("utf-8", "replace")
+            return RequestInfo(model, (start, end))
     return RequestInfo()
 
 
@@ -6324,8 +6325,12 @@ def _pass_on(answer, backend, response, transform):
         for piece in answer.pieces():
             backend.upstream.mark_alive()
             response.check_cancelled()
-            response.send(transform.feed(piece) if transform else piece)
             last = piece[-1:]
+            ready = transform.feed(piece) if transform else piece
+            if ready:
+                response.send(ready)
+            else:  # the client may leave, or need a comment, while events are held
+                response.heartbeat()
         is_partial = answer.is_event_stream and last not in _LINE_ENDS
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
             raise Truncated("the connection ended in the middle of the answer")
@@ -6356,10 +6361,10 @@ def _pass_on_as_event(answer, response):
             response.check_cancelled()
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
-    try:
-        body = {"error": json.loads(payload)["error"]}
-    except MALFORMED:
-        body = error_body(problem)
+    body = error_body(problem)
+    with contextlib.suppress(*MALFORMED):
+        error = json.loads(payload)["error"]
+        body = {"error": error} if isinstance(error, dict) else body
     response.send(response.error_event(body))
     response.end()
     response.status, response.problem = answer.status, problem  # as it is counted
@@ -6848,6 +6853,8 @@ class RepairStream:
     def _end_calls(self, keys, cut=()):
         """End these calls, and repair them unless they were cut off. Return the held
         events of which no call is open any more."""
+        if not keys:
+            return b""
         for key, is_cut in [(key, key in cut) for key in keys]:
             text = "".join(self._open.pop(key))
             repaired = text if is_cut else repair_arguments(text)
@@ -7230,6 +7237,9 @@ const join = (parts, by = " · ") => parts.filter(Boolean).join(by);
 const speed = (n) => n && `${n < 10 ? n.toFixed(1) : Math.round(n)} tok/s`;
 const count = (n) => (n < 1000 ? `${n}` : `${(n / 1000).toFixed(n < 99950 ? 1 : 0)}k`);
 
+// as fetch() takes it in a header: a character for each byte
+const utf8 = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+
 const requests = ({running, waiting}) =>
   join([running && `${running} running`, waiting && `${waiting} waiting`], ", ");
 
@@ -7304,7 +7314,7 @@ let keyPrompt = null; // a promise while the dialog is open
 async function request(path, options = {}) {
   for (;;) {
     const sent = key, headers = {...options.headers};
-    if (sent) headers.authorization = `Bearer ${sent}`;
+    if (sent) headers.authorization = `Bearer ${utf8(sent)}`;
     const answer = await fetch(path, {...options, headers, cache: "no-store"});
     if (answer.ok) return answer;
     const body = await answer.json().catch(() => null);
@@ -7512,7 +7522,7 @@ function detailOf(model) {
 function paintButtons(buttons, {id, state, kind, shares, seconds}) {
   const [page, log, , main] = buttons.children, isHeld = groupOf({state}) === "held";
   const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  page.href = `/upstream/${encodeURIComponent(id)}/`;
+  page.href = `/upstream/${encodeURIComponent(id.toWellFormed())}/`;
   show(page, !shares && kind === "llama-server" && state === "loaded");
   show(log, !shares && kind !== "remote" && (seconds !== null || isHeld));
   setText(main, shares ? "" : word || "Unload");
@@ -7560,7 +7570,8 @@ async function followLog(id) {
   $("log").showModal();
   $("log").onclose = () => reading.abort();
   try {
-    const answer = await request(`/logs/stream/${encodeURIComponent(id)}`, {signal});
+    const name = encodeURIComponent(id.toWellFormed());
+    const answer = await request(`/logs/stream/${name}`, {signal});
     for await (const text of texts(answer)) write(text);
   } catch (error) {
     if (!signal.aborted) write(`(${error.message})\n`);
@@ -7671,7 +7682,7 @@ async function send() {
     for await (const data of events(answer)) {
       if (data === "[DONE]") break;
       const {error, choices} = JSON.parse(data);
-      if (error) throw new Error(error.message);
+      if (error) throw new Error(error.message || error);
       const delta = choices?.[0]?.delta;
       appendText("thought", delta?.reasoning_content || delta?.reasoning);
       appendText("reply", delta?.content);
@@ -7847,6 +7858,7 @@ OLLAMA_PATH = re.compile(
     "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
     "|delete)/?"
 )
+EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 JSON_TYPE = ("content-type", "application/json; charset=utf-8")
@@ -7994,7 +8006,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _count_request(self):
         """Count and list the request if it was for a model or failed."""
         response = self.response
-        if response is None or (self.model is None and response.status < 400):
+        if response is None:
+            return
+        # a client may leave a stream of our own at any time
+        has_failed = response.status >= 400 and response.status != 499
+        if self.model is None and not has_failed:
             return
         status = response.status or 500
         if response.problem and status < 400:
@@ -8033,9 +8049,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             client=self.client_address[0] if is_tcp else "unix",
             user_agent=head.get("user-agent")[:SHOWN_LENGTH],
             session=head.get("x-session-id")[:SHOWN_LENGTH],
-            method=head.method,
+            method=head.method[:SHOWN_LENGTH],
             path=head.path[:SHOWN_LENGTH],
-            asked=info.model or head.parameter("model"),
+            asked=(info.model or head.parameter("model") or "")[:NAME_LIMIT] or None,
             model=self.model.name if self.model else None,
             stream=info.members.get("stream") is True,
         )
@@ -8480,12 +8496,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not preemptible:
             self.row = self._new_row(info)
             self.server.requests.start(self.row, self.response)
-        notice = model.settings.loading_notice
-        is_stream = self.head.method == "POST" and info.members.get("stream") is True
+        notice, path = model.settings.loading_notice, target.split("?")[0]
+        may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
+        is_stream = bool(may_stream) and info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
-        if notice == "reasoning" and target.split("?")[0].endswith("/chat/completions"):
-            events = self._progress_events(model)
-            self.response.progress_event = functools.partial(next, events)
+        if notice == "reasoning" and path.endswith("/chat/completions"):
+            self.response.progress_event = self._progress_events(model).__next__
         self.body.on_tick = self.response.check_cancelled
         outgoing = self._upstream_request(model, target, info)
         transform_of = _repair_for if model.settings.json_repair else lambda _: None

@@ -55,7 +55,7 @@ A request's JSON body says how it is answered:
   text STRING            the content itself
   arguments STRING       a tool call (a list: several), in fragments of `fragment`
   finish REASON          the finish reason
-  status N               an error with that status
+  status N               an error with that status; error TEXT: no more than that text
   die, cut PLACE         end the process, or the connection: before-byte, mid-event
                          (a whole chunk, half an event), boundary, mid-body
   reset                  with cut: RST instead of FIN
@@ -108,6 +108,11 @@ def await_file(path, pause, action=lambda: None):
 def error_document(status, message):
     """An error as llama-server writes it."""
     return {"error": {"code": status, "message": message, "type": "server_error"}}
+
+
+def pick(wish, name):
+    """What the wish has of that name."""
+    return {name: wish[name]} if name in wish else {}
 
 
 class Request:
@@ -632,7 +637,8 @@ def answer_talk(request):
     request.hold(talk.wish.get("delay", 0))
     end_if_wished(talk, "before-byte")
     if status := talk.wish.get("status"):
-        return request.reply(error_document(status, "as asked"), status)
+        problem = error_document(status, "as asked")
+        return request.reply({**problem, **pick(talk.wish, "error")}, status)
     server.note("answer")
     return (answer_stream if talk.wish.get("stream") else answer_whole)(talk)
 
