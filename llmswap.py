@@ -2298,8 +2298,11 @@ class Scheduler:
         )
         if victims is None:
             return  # a pinned or reserved model is in the way
-        moments = [self._evictable_at(ticket, victim, now) for victim in victims]
-        moment = max([*moments, *self._stopping.values()])
+        moment = max(self._evictable_at(ticket, victim, now) for victim in victims)
+        gone_by_then = (m for m, at in self._stopping.items() if at <= moment)
+        demand = {ticket.model.name: wanted[ticket.model.name]}
+        if not self._fits(demand, victims.union(gone_by_then)):
+            moment = max([moment, *self._stopping.values()])
         self._stopping.update(dict.fromkeys(victims, moment))
         if moment > now:
             self._look_again_at(moment)

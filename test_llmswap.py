@@ -1786,6 +1786,15 @@ Sets load together, beside what sleeps, and other models alone
     21   end 4
     30   ask d           -> evicted b for d, evicted c for d
 
+A victim goes at its own time unless its newcomer needs the room of others, too
+    a(needs=10) b(needs=2) c(needs=9) d(needs=3) e(needs=2) | models_max=0 budget=12
+    0    serve b 0
+    0    busy a
+    9    ask c
+    9    ask d           ; next 10
+    9    end 4
+    9    ask e           -> evicted b for e
+
 A victim serves on if the newcomer got its room from another
     a b c | models_max=2 patience=0
     0    busy a
