@@ -2823,7 +2823,7 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     return status, output.decode("utf-8", "replace").strip()
 
 
-_options_lock = threading.Lock()  # held while a binary is asked
+_options_locks = {}  # by path: the lock that is held while that binary is asked
 _options = {}  # by its path, size and time: the options, and when to ask again
 ASK_AGAIN_AFTER = 60.0  # s; for the options of a binary that did not answer in time
 
@@ -2838,7 +2838,7 @@ def options_of(binary: str) -> OptionTable:
     except (LoadFailed, OSError):
         return UNKNOWN_OPTIONS
     key = path, file.st_size, file.st_mtime_ns
-    with _options_lock:
+    with _options_locks.setdefault(path, threading.Lock()):
         options, ask_again_at = _options.get(key, (UNKNOWN_OPTIONS, 0.0))
         if time.monotonic() >= ask_again_at:
             ours = clean_environment({}).items()

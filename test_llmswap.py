@@ -2383,11 +2383,13 @@ def test_a_relative_folder_of_the_path_is_below_the_models_own(tmp_path):
         llmswap.find_program("server", {"PATH": "bin:/usr/bin"}, None)
 
 
-def test_forty_callers_ask_a_binary_for_its_options_once(tmp_path):
+def test_forty_callers_ask_a_binary_once_and_hold_up_no_other(tmp_path):
     asked = tmp_path / "asked"
-    binary = executable(tmp_path / "server", f"sleep 0.2\necho x >>{asked}")
+    other = executable(tmp_path / "other", f"touch {asked}")
+    script = f"until [ -e {asked} ]; do sleep 0.1; done\necho x >>{asked}"
+    binary = executable(tmp_path / "server", script)
     with ThreadPoolExecutor(40) as crowd:
-        list(crowd.map(llmswap.options_of, [binary] * 40))
+        list(crowd.map(llmswap.options_of, [binary] * 39 + [other]))
     assert asked.read_text() == "x\n"
 
 
