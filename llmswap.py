@@ -4302,6 +4302,7 @@ class Needs:
             "1f0c...": {"model": "coder", "source": "measured",
                         "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
 
+    Needs that were raised because memory ran out are not: a restart forgets them.
     `log(level, text)` must not block. Only `estimate` and `save` do.
     """
 
@@ -4357,15 +4358,17 @@ class Needs:
 
         A llama-server fits itself into the room that it finds: the peak of a run that
         may have been squeezed is ignored if it is far below what is known. Only a run
-        that is over lowers what was measured.
+        that is over lowers what was measured, and none what was raised because memory
+        ran out.
         """
         key = _command_key(model)
         known = self._known.get(key, Known(model.name))
         amounts, source = dict(known.amounts), "measured"
         for name, amount in peak.items():
             before, need = amounts.get(name, 0), int(amount * PEAK_MARGIN)
-            if was_squeezed and need < SQUEEZED * before:
-                source = known.source
+            is_squeezed = was_squeezed and need < SQUEEZED * before
+            if is_squeezed or known.source == "out of memory":
+                source, amounts[name] = known.source, max(need, before)
             elif is_over or need > before or known.source != "measured":
                 amounts[name] = need
         return bool(peak) and self._set(key, Known(model.name, source, amounts))
@@ -4392,8 +4395,10 @@ class Needs:
             self._is_saved = True
             fresh = f"{self._path}.{os.getpid()}"
             try:
-                rows = {**self._read(), **self._known}
-                needs = {key: row._asdict() for key, row in rows.items() if row.amounts}
+                rows = {key: row for key, row in self._known.items()
+                        if row.amounts and row.source != "out of memory"}
+                rows = {**self._read(), **rows}
+                needs = {key: row._asdict() for key, row in rows.items()}
                 document = {"version": 1, "needs": needs}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 with open(fresh, "w", encoding="utf-8") as file:

@@ -8594,7 +8594,7 @@ LEARNED = [
     (20, "llama-fit-params", 17, True, True, None),
     (20, "llama-fit-params", 19, True, True, 19.95),
     (20, "llama-fit-params", 17, False, False, 17.85),
-    (40, "out of memory", 10, False, False, 10.5),
+    (40, "out of memory", 10, False, True, None),
 ]
 
 
@@ -8999,7 +8999,7 @@ def test_a_model_that_never_fits_whole_is_not_learned_from_what_it_squeezed_into
     assert sources == ["llama-fit-params", "measured"]
 
 
-def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(tmp_path):
+def test_a_model_that_had_no_memory_beside_another_needs_more_until_the_end(tmp_path):
     sizes = {"a": ("measured", 8), "b": ("measured", 6), "c": ("measured", 4)}
     stage = stage_of_needs(tmp_path, **sizes)
     stage.load("a")
@@ -9011,10 +9011,15 @@ def test_a_model_that_had_no_memory_beside_another_needs_more_from_then_on(tmp_p
     stage.backend("a").end()
     stage.backend("c", 1).load()
     assert request.granted() is stage.backend("c", 1)
-    status = stage.pool.status(stage.pool.config.models["c"])
+    request.end()
+    pool, model = stage.pool, stage.pool.config.models["c"]
+    pool._runs[stage.backend("c", 1)].peak = {"vram": 4 * GB}
+    pool.unload(model)
+    stage.backend("c", 1).end()
+    status, later = pool.status(model), llmswap.Needs(str(tmp_path), print)
     assert status.needs == {"vram": (24 - 6) * GB}
     assert status.needs_source == "out of memory"
-    request.end()
+    assert later.of(model, pool.budget) == ({"vram": 4 * GB}, "measured")
 
 
 def test_needs_and_budget_are_shown(tmp_path):
