@@ -3603,6 +3603,7 @@ class ContextStore:
 
     def __init__(self):
         self.failures = collections.Counter()  # in a row, by command
+        self.useful = set()  # the commands of which a restored context was of use
         self._lock = threading.Lock()  # of what follows
         self._root = ""
         self._limit = math.inf
@@ -3698,7 +3699,8 @@ class LlamaServerBackend(ProcessBackend):
 
     def record_answer(self, usage):
         """Learn how fast prompts are processed, and whether the restore was of use:
-        then more of a prompt was in the cache than answers of this run left there."""
+        then more of a prompt was in the cache than answers of this run left there. It
+        was of none if a prompt as long as the largest slot had nothing in the cache."""
         tokens, cached = usage.tokens_in, usage.tokens_cached
         if tokens is None or cached is None:
             return
@@ -3706,7 +3708,10 @@ class LlamaServerBackend(ProcessBackend):
             self._speed = usage.prompt_speed
         if self._unused and cached >= MIN_CONTEXT and cached > self._longest:
             self._unused = self._contexts.failures[self._digest] = 0
+            self._contexts.useful.add(self._digest)
             self._listener.on_context(self, "used", cached, 0, cached / self._speed)
+        elif cached < MIN_CONTEXT and tokens >= self._unused:
+            self._is_useless = self._digest not in self._contexts.useful
         self._longest = max(self._longest, tokens + (usage.tokens_out or 0))
 
     def _command(self):
@@ -3754,6 +3759,7 @@ class LlamaServerBackend(ProcessBackend):
         self._restored = {}  # tokens by slot
         self._unused = 0  # the most of them, until an answer used some
         self._longest = 0  # tokens that an answer of this run left in a slot
+        self._is_useless = False
         if not self._digest:
             return True
         try:
@@ -3785,7 +3791,7 @@ class LlamaServerBackend(ProcessBackend):
         a tenth of the time to process the prompts again; what takes longer fails."""
         if self._is_asleep or self._is_kill_asked:
             return  # asleep, it holds nothing, and a question would wake it
-        if self._unused and self._longest >= self._unused / 2:
+        if self._unused and self._is_useless:
             self._count_failure("the restored context was of no use")
         began, saved, self._is_saving = time.monotonic(), SavedContext(), True
         try:

@@ -9261,6 +9261,15 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
         assert server.tell() == 3000
 
 
+def test_new_conversations_do_not_end_the_keeping_of_contexts(tmp_path):
+    talks = {"p": [3000], "q": [1600], "r": [900, 1000], "s": [2000], "t": [3000, 3100]}
+    with Keeping(tmp_path) as server:
+        cached = {talk: [server.tell_and_swap(talk, prompt) for prompt in prompts]
+                  for talk, prompts in talks.items()}
+        assert cached == {"p": [0], "q": [0], "r": [0, 900], "s": [0], "t": [0, 3000]}
+        assert server.complaints() == []
+
+
 def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     other = "[c]\ncmd = FAKE\nkeep-context = on"
     with Keeping(tmp_path, f"embeddings = on\n{other}") as server:
