@@ -1927,6 +1927,7 @@ class Scheduler:
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
+        model.resume_keep_loaded()
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
@@ -4061,16 +4062,22 @@ class UnitBackend(Backend):
         return dict(line.partition("=")[::2] for line in text.splitlines())
 
     def _failure(self):
-        """Why it ended; None: it was stopped by somebody else, which is no failure."""
+        """Why it ended; None: somebody else stopped it, which is no failure, or has
+        restarted it: then it is left alone."""
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show("MainPID", "Result", "ExecMainStatus")
-            if shown.get("MainPID") != str(self.pid):
+            shown = self._show("MainPID", "ActiveState", "Result", "ExecMainStatus")
+            main, state = shown.get("MainPID"), shown.get("ActiveState", "unknown")
+            result = shown.get("Result", "unknown")
+            is_changing = state.endswith("activating") and result == "success"
+            if main != str(self.pid) and not (is_changing and main == "0"):
                 break
             time.sleep(0.05)
-        result = shown.get("Result", "unknown")
         status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
-            self._note(f"{self.location} was stopped by somebody else")
+            runs_again = state in RUNNING and main not in ("0", str(self.pid))
+            self._is_started = not runs_again
+            event = "restarted" if runs_again else "stopped"
+            self._note(f"{self.location} was {event} by somebody else")
             return None
         if result == "success":
             return self._end_error(f"it ended with status {status}")
@@ -5389,6 +5396,10 @@ class Pool:
             self._learn(backend, is_over=True)
             self._record_exit(name, self._runs[backend].number, problem)
         self._needs.save()
+        is_unit = backend.model.kind == "unit" and not self._is_closed
+        if is_unit and problem is None and backend.died(0):
+            # somebody may have restarted it
+            self._adoption = start_thread(self._adopt_units, "units")
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""

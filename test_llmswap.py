@@ -1719,6 +1719,14 @@ A reload that pins a draining model spares it
     2    reload a(is_pinned_once_loaded=1) b -> refuse 2: model_pinned
     3    ask a           -> grant 3
 
+keep_loaded has effect again once the model is adopted
+    k(keep_loaded=1)
+    0    serve k 0
+    1    exited k        ; next never
+    2    adopted k
+    3    loaded k
+    4    exited k broken ; next 63
+
 A keep_loaded model is evicted, and loaded again once it fits
     k(keep_loaded=1) b(idle_timeout=5)
     0    wait            -> start k
@@ -3716,6 +3724,16 @@ def test_a_unit_that_stops_by_itself_is_noticed_and_started_again(units):
         units("stop", "--", "a.service")  # by somebody else, which is no failure
         eventually(lambda: server.states() == {"a": "unloaded"})
         assert "failed" not in server.get("/v1/models/a").json()["status"]
+
+
+def test_a_unit_that_somebody_restarts_is_left_alone_and_adopted(units):
+    with units.serve("--stop-delay", "0.2", keep_loaded="on") as server:
+        eventually(lambda: server.states() == {"a": "loaded"})
+        units("restart", "--", "a.service", TEST_FAMILY=server.token)
+        eventually(lambda: "a.service runs already" in server.log())
+        eventually(lambda: server.states() == {"a": "loaded"})
+        assert server.chat("a").content().split()[1] == str(units.pid("a"))
+        assert not any(" --no-ask-password stop" in call for call in units.calls())
 
 
 def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units):

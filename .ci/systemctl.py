@@ -35,6 +35,8 @@ def alive(name):
 def state(name):
     if alive(name):
         return "active"
+    if os.path.exists(path(name, "restarts")):
+        return "activating"
     status = read(name, "status")
     if not status and read(name, "pid"):
         return "active"  # it ended, which systemd has not noticed yet
@@ -49,6 +51,26 @@ def stop(name, number):
         open(path(name, "status"), "w").write("0")
 
 
+def start(name):
+    for suffix in "status", "pid":
+        if os.path.exists(path(name, suffix)):
+            os.unlink(path(name, suffix))
+    script = "%s & echo $! >%s; wait $!; s=$?; sleep 0.1; echo $s >%s" % (
+        read(name, "cmd"),
+        path(name, "pid"),
+        path(name, "status"),
+    )
+    if not os.fork():
+        os.setsid()
+        log = os.open(path(name, "log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        for fd, target in enumerate((os.open("/dev/null", 0), log, log)):
+            os.dup2(target, fd)
+        os.execv("/bin/sh", ["/bin/sh", "-c", script])
+    while not read(name, "pid"):
+        time.sleep(0.005)
+    time.sleep(0.02)
+
+
 for name in names:
     if os.path.exists(path(name, "hang-" + verb)):
         time.sleep(1000)
@@ -56,10 +78,11 @@ for name in names:
         print(state(name))
     elif verb == "show":
         print("LoadState=" + ("loaded" if read(name, "cmd") else "not-found"))
-        print("ActiveState=" + state(name))
-        is_known = state(name) == "active" and not os.path.exists(path(name, "forks"))
+        now = state(name)
+        print("ActiveState=" + now)
+        is_known = now == "active" and not os.path.exists(path(name, "forks"))
         print("MainPID=" + (read(name, "pid") if is_known else "0"))
-        status = read(name, "status") or "0"
+        status = "0" if now == "activating" else read(name, "status") or "0"
         print("Result=" + ("success" if status == "0" else "exit-code"))
         print("ExecMainStatus=" + status)
     elif verb == "reset-failed":
@@ -69,23 +92,12 @@ for name in names:
     elif verb == "start" and state(name) == "failed":
         sys.exit("Start request repeated too quickly.")
     elif verb == "start" and not alive(name):
-        for suffix in "status", "pid":
-            if os.path.exists(path(name, suffix)):
-                os.unlink(path(name, suffix))
-        script = "%s & echo $! >%s; wait $!; s=$?; sleep 0.1; echo $s >%s" % (
-            read(name, "cmd"),
-            path(name, "pid"),
-            path(name, "status"),
-        )
-        if not os.fork():
-            os.setsid()
-            log = os.open(path(name, "log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            for fd, target in enumerate((os.open("/dev/null", 0), log, log)):
-                os.dup2(target, fd)
-            os.execv("/bin/sh", ["/bin/sh", "-c", script])
-        while not read(name, "pid"):
-            time.sleep(0.005)
-        time.sleep(0.02)
+        start(name)
+    elif verb == "restart":
+        open(path(name, "restarts"), "w").close()
+        stop(name, 15)
+        start(name)
+        os.unlink(path(name, "restarts"))
     elif verb == "stop":
         stop(name, 15)
     elif verb == "kill":

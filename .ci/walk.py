@@ -412,6 +412,7 @@ class Walk:
 
     def _adopt(self, name):
         run = self.core.adopted(name, self.world.now)
+        self._keep_again(name)
         self._note(f"found {name}")
         self.world.backends[name] = backend = SimulatedBackend(name, run)
         self.world.after(self._seconds("load", name), self.world._come_up, backend, 0)
