@@ -312,10 +312,22 @@ def parse_words(text) -> tuple:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
+parse_host = pattern("a host name without a port", r"\*|[^\s/:*]+|\[[0-9a-f:.]+\]")
+parse_origin = pattern(
+    "localhost, * or an origin such as https://chat.example",
+    r"(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
+    lambda match: match[1],
+)
+
+
 def parse_hosts(text) -> tuple:
-    """Return the names or origins between commas, in lower case as clients send them.
-    """
-    return parse_words(text.lower())
+    """Return the host names between commas, in lower case as clients send them."""
+    return tuple(map(parse_host, parse_words(text.lower())))
+
+
+def parse_origins(text) -> tuple:
+    """Return the web origins between commas, in lower case as browsers send them."""
+    return tuple(map(parse_origin, parse_words(text.lower())))
 
 
 def parse_resources(text, parse_amount=parse_size) -> dict:
@@ -375,7 +387,7 @@ def parse_object(text) -> dict:
 def parse_state_dir(text) -> str:
     """Return an absolute path; `$XDG_CACHE_HOME` is `~/.cache` where it is not set."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = text.replace("$XDG_CACHE_HOME", cache)
+    path = os.path.expandvars(text.replace("$XDG_CACHE_HOME", cache))
     return os.path.abspath(os.path.expanduser(path))
 
 
@@ -407,7 +419,8 @@ def parse_host_port(text) -> tuple:
 def parse_listen(text) -> tuple:
     """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
     addresses = tuple(
-        part[len("unix:") :] if re.match("unix:.", part) else parse_host_port(part)
+        os.path.expanduser(part[len("unix:") :])
+        if re.match("unix:.", part) else parse_host_port(part)
         for part in parse_words(text)
     )
     if not addresses:
@@ -466,7 +479,7 @@ PROXY_KEYS = (
     Key("api-key-file", parse_path, "", "a file with one key per line"),
     Key("allowed-hosts", parse_hosts, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
-    Key("cors-origins", parse_hosts, "localhost",
+    Key("cors-origins", parse_origins, "localhost",
         "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
         "always is"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
@@ -477,7 +490,8 @@ PROXY_KEYS = (
         "`keep-loaded` ones; for socket activation; 0: never"),
     Key("idle-command", str, "",
         "run when idle, e.g. `systemctl suspend`; everything is unloaded first"),
-    Key("idle-command-after", parse_duration, "1h", "idle time before `idle-command`"),
+    Key("idle-command-after", parse_duration, "1h",
+        "idle time before `idle-command`; 0: never"),
     Key("watch", parse_boolean, "on", "read a changed file before the next request"),
     Key("log-level", one_of("debug", "info", "warning", "error"), "info",
         "`debug`, `info`, `warning` or `error`"),
@@ -706,6 +720,8 @@ def expand(text, variables) -> str:
         if match[1] is None:
             return "${"
         if match[1] not in variables:
+            if match[1].startswith("env."):
+                raise ValueError(f"{match[1][len('env.') :]} is not in the environment")
             raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
         return str(variables[match[1]])
 
@@ -860,7 +876,9 @@ class OptionTable:
                 written = other.rpartition(" ")[2]
                 yield f"{place}: the same option as {written}; this one counts"
             if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                yield f"{place}: not an option of a model; it is ignored"
+                is_proxy_key = key_name(key, PROXY_KEY)
+                why = "belongs in [llmswap]" if is_proxy_key else "not of a model"
+                yield f"{place}: {why}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -1151,6 +1169,8 @@ class ModelBuilder:
             yield own[kind], "it must not be empty"
         if kind in ("unit", "remote") and has_port:
             yield proxy, "it needs proxy = URL, without ${PORT}"
+        if settings.proxy.rstrip("/").endswith("/v1"):
+            self._warn(f"{proxy.place}: what clients ask for begins with /v1 already")
         if bool(settings.sleep) != bool(settings.wake):
             yield None, "sleep and wake need each other"
 
@@ -1334,6 +1354,8 @@ class ConfigLoader:
         for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
             if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
                 written["models-max"] = star.pop(key)  # often written there
+        if "llama-server" in star:
+            written["llama-server"] = star["llama-server"]
         for spelling, setting in self._sections["llmswap"].settings.items():
             name = key_name(spelling, PROXY_KEY)
             if name:
@@ -1358,12 +1380,16 @@ class ConfigLoader:
         keys = settings.api_key + parse_words(self._environ.get("LLMSWAP_API_KEY", ""))
         if settings.api_key_file:
             try:
-                with open(settings.api_key_file, encoding="utf-8") as file:
+                with open(settings.api_key_file, encoding="utf-8-sig") as file:
                     lines = [line.strip() for line in file]
             except (OSError, ValueError) as error:
                 place = self._written["api-key-file"].place
                 raise ConfigError(f"{place}: {error}") from None
             keys += tuple(line for line in lines if line and not line.startswith("#"))
+        for name in ("api-key", "api-key-file"):
+            setting = self._written.get(name)
+            if setting and setting.text and not keys:  # all would be open
+                raise ConfigError(f"{setting.place}: there is no key in it")
         return tuple(dict.fromkeys(keys))
 
     def _build_models(self, settings):
@@ -1391,6 +1417,10 @@ class ConfigLoader:
                 path = os.path.join(settings.state_dir, "context", folder_name(name))
                 model = model._replace(context_dir=f"{path}/")
             models.append(model)
+        if models and all(model.kind != "llama-server" for model in models):
+            for setting in options:
+                text = unknown_key(setting.key, "no model here is a llama-server")
+                self._warn(f"{setting.place}: without effect: {text}")
         return models
 
     def _list_models(self, settings):
@@ -3161,6 +3191,7 @@ class Backend:
         limit = self.model.settings.load_timeout or math.inf
         self._began = self._looked_at = time.monotonic()
         self.progress, self._model_size, self._seen_activity = None, 0, set()
+        reason = None
         while self._may_become_ready():
             asked_at = time.monotonic()
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
@@ -3171,9 +3202,12 @@ class Backend:
                 raise LoadFailed(f"{self._title} has a bad certificate: {probe.reason}")
             self._look_at_load()
             now = time.monotonic()
+            if probe.status:
+                reason = f"its check-endpoint answers {probe.status}"
             if now >= self._progress_at + limit:
                 text = f"{self._title} {self._lateness} for {limit:g} s"
-                raise LoadTimeout(f"{text} ({probe.reason}){self._last_lines()}")
+                why = reason or probe.reason
+                raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
             self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
         return False
@@ -4944,8 +4978,10 @@ class Pool:
             unchanged = config.models.keys() - set(changed)
             for name in self._entries.keys() - unchanged:
                 del self._entries[name]
-            for name in self._backends.keys() & unchanged:
-                self._backends[name].model = config.models[name]
+            for name, backend in self._backends.items():
+                model = config.models.get(name, backend.model)
+                if model.launch == backend.model.launch:
+                    backend.model = model
             limits, self._specs = limits_of(config, budget), self._find_specs()
             self._scheduler.configure(limits, self._specs, changed, _removed)
             for model in config.models.values():
@@ -5461,6 +5497,8 @@ class Pool:
             while self._scheduler.in_flight and self._clock() < deadline:
                 self._changed.wait(deadline - self._clock())
             self._scheduler.stop_all()
+            for backend in self._backends.values():
+                backend.stop()  # also one that is falling asleep
         with self._lock:
             while self._backends:
                 self._changed.wait()
@@ -9058,6 +9096,11 @@ def shown_address(address: Address) -> str:
     return f"http://{_joined(host, port)}/"
 
 
+def _resolved(host, port):
+    """Return the numeric address of a host, as systemd does not look up names."""
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][:2]
+
+
 def _joined(host, port):
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -9130,6 +9173,7 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
+BindIPv6Only=ipv6-only
 
 [Install]
 WantedBy=sockets.target
@@ -9166,7 +9210,7 @@ def units_for(config: Config) -> str:
     streams = []
     for address in config.settings.listen:
         is_unix = isinstance(address, str)
-        place = address if is_unix else _joined(*address)
+        place = os.path.abspath(address) if is_unix else _joined(*_resolved(*address))
         streams.append("ListenStream=" + place.replace("%", "%%"))
         streams += ["SocketMode=0660"] if is_unix else []
     return UNITS.format(
@@ -9379,6 +9423,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(keys_text(), end="")
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
+    file_watch = FileWatch(args.file) if args.file else None
     try:
         config = load(list_cached=cached_models)
     except ConfigError as error:
@@ -9393,7 +9438,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.units:
         print(units_for(config), end="")
         return 0
-    return Application(args, load, config).run()
+    return Application(args, load, config, file_watch).run()
 
 
 NO_MODELS = """\
@@ -9427,7 +9472,7 @@ class FileWatch:
     """Notices that a file has changed, when `check` is called. Any thread may call.
 
     Each look has a thread of its own, because the file may lie on a slow mount. A
-    missing file counts as unchanged, because editors replace files.
+    missing or empty file counts as unchanged, because it is about to be written.
     """
 
     def __init__(self, path: str):
@@ -9466,19 +9511,21 @@ class FileWatch:
     def _stamp(self):
         with contextlib.suppress(OSError):
             status = os.stat(self._path)
-            return status.st_mtime_ns, status.st_size, status.st_ino
+            if status.st_size:
+                return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, load: Callable, config: Config):
+    def __init__(self, args, load: Callable, config: Config, file_watch):
         self._args = args
         self._load = load  # returns the Config of the file as it is now
         self._config = config
         self._cached = config.cached
-        self._file_watch = FileWatch(args.file) if args.file else None
+        self._file_watch = file_watch
         self._signals, self._wakeup = socket.socketpair()
+        self._received = set()  # numbers of signals; 0 once `_close` is done
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
@@ -9493,7 +9540,7 @@ class Application:
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)  # see `_next_signal`
+            signal.signal(number, lambda number, _: self._received.add(number))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
@@ -9519,9 +9566,14 @@ class Application:
     def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 once `_close` is done, or None after
         `timeout`."""
-        self._signals.settimeout(min(timeout, MAX_WAIT))
-        with contextlib.suppress(socket.timeout, BlockingIOError):
-            return self._signals.recv(1)[0]
+        if not self._received:
+            self._signals.settimeout(min(timeout, MAX_WAIT))
+            with contextlib.suppress(socket.timeout, BlockingIOError):
+                self._signals.recv(4096)
+        for number in (0, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number in self._received:
+                self._received.remove(number)
+                return number
 
     def _open_listeners(self):
         """Return the listening sockets, or an exit status if an address is taken."""
@@ -9601,7 +9653,8 @@ class Application:
         if settings.cache_models:
             cached = cached_models(settings.llama_server)
             if not cached:
-                self.log("warning", "cache-models: --cache-list shows no model")
+                command = f"{settings.llama_server} --cache-list"
+                self.log("warning", f"cache-models: {command} shows no model")
             if cached is not None and [*cached] != [*self._cached]:
                 self._cached = cached
                 self._try_reload()
@@ -9644,11 +9697,11 @@ class Application:
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
             pause = math.inf
-            if settings.idle_command and idle_since is None:
-                pause = max(1.0, settings.idle_command_after)
-            elif settings.idle_command:
-                since = max(idle_since, last_run)
-                pause = since + settings.idle_command_after - time.monotonic()
+            limit = settings.idle_command_after if settings.idle_command else 0
+            if limit and idle_since is None:
+                pause = max(1.0, limit)
+            elif limit:
+                pause = max(idle_since, last_run) + limit - time.monotonic()
             if pause <= 0:
                 pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
@@ -9690,7 +9743,11 @@ class Application:
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        addresses = [listener.getsockname() for listener in self.server.sockets]
+        for listener in self.server.sockets:
+            address = listener.getsockname()
+            if isinstance(address, str) and not self._is_activated:
+                with contextlib.suppress(OSError):
+                    os.unlink(address)  # later it may be the next llmswap's
         self.server.stop()
         start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:
@@ -9699,23 +9756,22 @@ class Application:
             self._notifier.notify(EXTEND_TIMEOUT)
         self.log("info", "ended")
         self.log.close()
-        for address in addresses:
-            if isinstance(address, str) and not self._is_activated:
-                with contextlib.suppress(OSError):
-                    os.unlink(address)
 
     def _close(self):
         self.pool.close(DRAIN_SECONDS)
         deadline = time.monotonic() + REFUSAL_SECONDS
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._wakeup.send(b"\0")  # read by `_next_signal`
+        self._received.add(0)
+        self._wakeup.send(b"\0")  # wakes `_next_signal`
 
 
 if __name__ == "__main__":
     try:
         exit_status = main()
         print(end="", flush=True)
+    except KeyboardInterrupt:
+        exit_status = 130
     except OSError as error:  # of standard output, if it is closed or its disk is full
         exit_status = 1
         if error.errno != errno.EPIPE:

@@ -730,7 +730,7 @@ def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
     for key in keys:
         text = " ".join(f"{key.name} = {key.default} {key.help}".split())
         assert text.replace("`", "") in " ".join(printed.split())
-    table = README.read_text().partition("The ten keys")[2].partition("Durations")[0]
+    table = README.read_text().partition("The keys that most")[2].partition("Durations")[0]
     named = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     names = re.findall(r"`([^`]+)`", " ".join(named))
     lines = section("Coming from llama-swap").splitlines()
@@ -915,7 +915,8 @@ OPTIONS = llmswap.parse_help(HELP)
     ("proxy", {"https://h:1/base": "https://h:1/base"},
      ["", "h:1", "ftp://h", "http://", "http://h/a b", "http://h:80800", "http://h:0",
       "http://[::1:80", "http://:80"]),
-    ("allowed-hosts", {"My-Box, b": ("my-box", "b")}, []),
+    ("allowed-hosts", {"My-Box, b": ("my-box", "b"), "*": ("*",)}, ["*.b", "http://b"]),
+    ("cors-origins", {"*": ("*",), "http://A/, null": ("http://a", "null")}, ["http://"]),
     ("loading-notice", {"OFF": "off"}, ["", "on"]),
 ])
 def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
@@ -981,7 +982,12 @@ def test_sections_are_read(text, sections):
         ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
         ("lissen = x", "lissen: unknown key; did you mean listen?"),
         ("idle-timeout = 5", "idle-timeout: belongs to a model, or in [*]"),
-        ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
+        ("patience = ${env.NONE}", "patience: NONE is not in the environment"),
+        ("patience = ${NONE}", "patience: ${NONE} is unknown here"),
+        ("api-key = ${env.EMPTY}", "api-key: there is no key in it"),
+        ("api-key-file = /dev/null", "api-key-file: there is no key in it"),
+        ("cors-origins = a.example", "cors-origins: 'a.example' is not localhost, *"),
+        ("allowed-hosts = a:8080", "allowed-hosts: 'a:8080' is not a host name"),
         ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
         ("default-model = nobody", "default-model: there is no model 'nobody'"),
         ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
@@ -990,7 +996,7 @@ def test_sections_are_read(text, sections):
 ])
 def test_mistakes_that_stop_the_start_name_their_place(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
-        read(tmp_path, text, {"QUOTE": "'"})
+        read(tmp_path, text, {"QUOTE": "'", "EMPTY": ""})
     assert str(caught.value).startswith(f"m.ini:{message}")
 
 
@@ -1396,7 +1402,11 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     ("[a]\nm = x\nc = 1\nctx-size = 2", "[a] ctx-size: the same option as c; this one"),
     ("[a]\nm = x\nm = y", "m.ini:3: [a] m: given before; this one counts"),
     ("[a]\n[a]\nm = x", "m.ini:2: [a]: given before; this one counts"),
-    ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: not an option of a model"),
+    ("[*]\napi-key = x\n[a]\nm = x\n[b]\nm = x", "[*] api-key: belongs in [llmswap]; it"),
+    ("[*]\nidle-timeuot = 1\n[a]\ncmd = x ${PORT}", "effect: no model here is a llama-"
+     "server; did you mean idle-timeout?"),
+    ("[*]\nlisten = x\n[a]\ncmd = x ${PORT}", "without effect: belongs in [llmswap]"),
+    ("[a]\nproxy = http://h/v1/", "proxy: what clients ask for begins with /v1 already"),
     ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
     ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
 ])
@@ -1405,6 +1415,13 @@ def test_surprises_are_warned_of_once(tmp_path, text, warning):
     warnings = [*config.warnings, *config.pitfalls(lambda model: OPTIONS)]
     matches = [text for text in warnings if warning in text]
     assert len(matches) == 1 and matches[0].startswith("m.ini:")
+
+
+def test_the_cache_is_listed_by_the_llama_server_of_all_models(tmp_path):
+    path, binaries = tmp_path / "m.ini", []
+    path.write_text("[llmswap]\ncache-models = on\n[*]\nllama-server = /x/y\n")
+    llmswap.load_config(path, list_cached=binaries.append)
+    assert binaries == ["/x/y"]
 
 
 @pytest.mark.parametrize("name, message", [
@@ -2925,6 +2942,9 @@ class Puppet:
     def stop(self, at_once=False):
         self.is_stopping = True
 
+    def sleep(self):
+        """Nothing: the test says when it sleeps."""
+
     def is_reachable(self):
         return True
 
@@ -3048,6 +3068,32 @@ def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stag
     assert isinstance(waiting.refused(), llmswap.ModelMisconfigured)
     assert stage.state("a") == "loaded"  # as it is
     assert isinstance(stage.ask("a").refused(), llmswap.ModelMisconfigured)
+
+
+def test_a_backend_that_drains_keeps_its_settings_through_any_reloads(stage):
+    stage.load("a")
+    request, backend = stage.ask("a"), stage.backend("a")
+    request.granted()
+    for command, stop in (("true", "one"), ("new", "two"), ("new", "three")):
+        text = f"[a]\ncmd = {command} ${{PORT}}\ncmd-stop = {stop}\n"
+        stage.pool.reload(stage.config(text))
+        assert backend.model.settings.cmd_stop == "one"
+    request.end()
+
+
+def test_one_that_falls_asleep_is_stopped_at_the_end(tmp_path):
+    asleep = "\nsleep = /s\nwake = /w\n"
+    text = f"[llmswap]\npatience = 0\n[a]\nTRUE{asleep}[b]\nTRUE\n"
+    stage = PoolStage(tmp_path, text)
+    stage.load("a")
+    stage.ask("b")
+    eventually(lambda: stage.state("a") == "unloading")
+    end = threading.Thread(target=stage.pool.close, args=(0,))
+    end.start()
+    eventually(lambda: stage.backends[0].is_stopping)
+    stage.backends[0].end()
+    end.join(5)
+    assert not end.is_alive()
 
 
 class Quick(Puppet):
@@ -3327,6 +3373,16 @@ def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
         eventually(lambda: "model gone" not in str(family(server.token)))
 
 
+def test_a_signal_is_heard_behind_many_others():
+    models = "".join(f"[{number}]\ncmd = FAKE\n" for number in range(100))
+    with Llmswap(models) as server:
+        for _ in range(400):  # which come faster than the file is read
+            server.process.send_signal(signal.SIGHUP)
+            assert server.get("/health").status == 200
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+
+
 def test_a_new_key_counts_on_open_connections():
     locked = "[llmswap]\napi-key = {}\n[a]\ncmd = FAKE\n"
     old, new = ({"Authorization": f"Bearer {key}"} for key in ("old", "new"))
@@ -3429,7 +3485,12 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
         process.send_signal(signal.SIGHUP)
         assert any("`listen` needs a restart" in line for line in process.stderr)
         assert llmswap.is_llmswap(str(place))
-    assert not place.exists()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(place))
+            client.sendall(b"GET")
+            process.terminate()
+            eventually(lambda: not place.exists())
+            assert process.poll() is None  # it is gone before the requests end
 
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
@@ -3487,8 +3548,10 @@ def shown_problem(server):
 
 def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
     path, changes = tmp_path / "x.ini", []
-    path.touch()
+    path.write_text("0")
     watch = llmswap.FileWatch(str(path))
+    path.write_text("")  # as editors and shells do before they write it
+    watch._find_change(lambda: changes.append("empty"))
     for text in ("1", "22"):  # the second one within a second
         path.write_text(text)
         watch.check(lambda: changes.append(path.read_text()))
@@ -3965,6 +4028,13 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             assert {data for _, data in packets} == {packet}
             assert server.chat("far").status == 200
             assert len(packets) <= count + 1  # it answers: there is nothing to wake
+
+
+def test_a_remote_without_the_check_endpoint_is_a_504_that_names_it(machine):
+    lines = "check-endpoint = /sleep", "load-timeout = 300ms"
+    with brisk(remote_ini(machine.port, *lines)) as server:
+        answer = server.chat("far")
+    assert answer.status == 504 and "its check-endpoint answers 404" in answer.message()
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
@@ -8296,12 +8366,14 @@ def no_models():
 
 def test_units_are_what_systemd_accepts(tmp_path):
     ini = tmp_path / "my $models.ini"
-    ini.write_text("[llmswap]\nlisten = 127.0.0.1:8123, unix:/run/user/1/100%.sock\n")
+    addresses = "localhost:8123, unix:s, unix:/run/user/1/100%.sock"
+    ini.write_text(f"[llmswap]\nlisten = {addresses}\n")
     command = [sys.executable, LLMSWAP, str(ini), "--units"]
     env = {**os.environ, "PATH": f"{tmp_path}/my $tools 10%:{os.environ['PATH']}"}
     units = subprocess.run(command, capture_output=True, text=True, env=env).stdout
     for text in (
         "ListenStream=127.0.0.1:8123\n", "ListenStream=/run/user/1/100%%.sock\n",
+        "BindIPv6Only=ipv6-only\n", f"ListenStream={os.getcwd()}/s\n",
         f'"PATH={tmp_path}/my $tools 10%%:', f'"{tmp_path}/my $$models.ini"',
         f"WorkingDirectory={Path(LLMSWAP).parent}\n", " -m llmswap ",
         "KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", "WatchdogSec=60",
