@@ -4002,7 +4002,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 
 
 def test_a_remote_without_the_check_endpoint_is_a_504_that_names_it(machine):
-    lines = "check-endpoint = /sleep", "load-timeout = 300ms"
+    lines = "check-endpoint = /early?status=404", "load-timeout = 300ms"
     with brisk(remote_ini(machine.port, *lines)) as server:
         answer = server.chat("far")
     assert answer.status == 504 and "its check-endpoint answers 404" in answer.message()
