@@ -114,8 +114,8 @@ def load_tool(name):
     return module
 
 
-chromium, fake, gguf, machines, recorder = map(
-    load_tool, ("browser", "fake", "gguf", "machines", "recorder")
+chromium, fake, forks, gguf, machines, recorder = map(
+    load_tool, ("browser", "fake", "forks", "gguf", "machines", "recorder")
 )
 
 recent_ports = collections.deque(maxlen=500)  # that free_port gave
@@ -356,6 +356,27 @@ def fake_file():
     return compiled(CI / "fake.py", "fake")
 
 
+PYTHON = [sys.executable, "-I", "-S"]
+
+
+@lru_cache(maxsize=None)
+def forks_of_python():
+    process = forks.Forks(os.path.dirname(llmswap_file()))
+    atexit.register(process.end)
+    return process
+
+
+def started(args, env, output):
+    """A process of these arguments, in a session of its own; one of PYTHON is forked
+    from one that has imported the standard library."""
+    if args[:3] == PYTHON:
+        return forks_of_python().start(args[3:], env, output)
+    return subprocess.Popen(
+        args, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        start_new_session=True,
+    )  # fmt: skip
+
+
 def llmswap_words(constants):
     """The arguments with which Python runs llmswap, with these constants."""
     if not constants:
@@ -478,8 +499,7 @@ class Llmswap:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
-        words = ["-I", "-S", *llmswap_words(constants)]
-        self._args = [sys.executable, *words, str(self.ini)]
+        self._args = [*PYTHON, *llmswap_words(constants), str(self.ini)]
         self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
         self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self.write(text)
@@ -498,10 +518,7 @@ class Llmswap:
 
     def start(self):
         with open(self.folder / "stderr", "ab") as stderr:
-            self.process = subprocess.Popen(
-                self._args, env=self._env, stdin=subprocess.DEVNULL,
-                stdout=stderr, stderr=stderr, start_new_session=True,
-            )  # fmt: skip
+            self.process = started(self._args, self._env, stderr)
         self.pid = self.process.pid
         eventually(self._is_up, 30)
 
@@ -8503,6 +8520,7 @@ def as_written(text, **more):
     proxy = brisk(text, **more)
     proxy.port = 8080
     del proxy._args[-2:]  # --listen
+    proxy._args[1:3] = ["-IS"]  # not forked, as forks have the tests' network
     return proxy
 
 
