@@ -118,6 +118,7 @@ chromium, fake, forks, gguf, machines, recorder = map(
     load_tool, ("browser", "fake", "forks", "gguf", "machines", "recorder")
 )
 
+PYTHON = forks.PYTHON
 recent_ports = collections.deque(maxlen=500)  # that free_port gave
 
 
@@ -356,27 +357,6 @@ def fake_file():
     return compiled(CI / "fake.py", "fake")
 
 
-PYTHON = [sys.executable, "-I", "-S"]
-
-
-@lru_cache(maxsize=None)
-def forks_of_python():
-    process = forks.Forks(os.path.dirname(llmswap_file()))
-    atexit.register(process.end)
-    return process
-
-
-def started(args, env, output):
-    """A process of these arguments, in a session of its own; one of PYTHON is forked
-    from one that has imported the standard library."""
-    if args[:3] == PYTHON:
-        return forks_of_python().start(args[3:], env, output)
-    return subprocess.Popen(
-        args, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-        start_new_session=True,
-    )  # fmt: skip
-
-
 def llmswap_words(constants):
     """The arguments with which Python runs llmswap, with these constants."""
     if not constants:
@@ -518,7 +498,8 @@ class Llmswap:
 
     def start(self):
         with open(self.folder / "stderr", "ab") as stderr:
-            self.process = started(self._args, self._env, stderr)
+            place = os.path.dirname(llmswap_file())
+            self.process = forks.start(self._args, self._env, stderr, place)
         self.pid = self.process.pid
         eventually(self._is_up, 30)
 

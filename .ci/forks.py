@@ -12,37 +12,50 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import lru_cache
 
+PYTHON = [sys.executable, "-I", "-S"]
 ROOM = "." * 8000  # an argument, which a fork replaces by its own
 
 
+def start(args, env, output, folder):
+    """Start these arguments as the leader of a session with this environment; what it
+    writes goes to the file `output`. Return the process. If it is of PYTHON, it is a
+    fork; `folder` has llmswap.pyc."""
+    if args[:3] == PYTHON:
+        return Forks.of(folder).start(args[3:], env, output)
+    return subprocess.Popen(
+        args, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        start_new_session=True,
+    )  # fmt: skip
+
+
 class Forks:
-    """That process. Its programs outlive it."""
+    """The process that forks. It ends with its parent; its programs outlive it."""
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def of(folder):
+        return Forks(folder)
 
     def __init__(self, folder):
         self._orders, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         with theirs:
             fd = theirs.fileno()
-            words = ["-I", "-S", os.path.abspath(__file__), str(fd), folder, ROOM]
+            words = [os.path.abspath(__file__), str(fd), folder, ROOM]
             self._process = subprocess.Popen(
-                [sys.executable, *words], pass_fds=[fd], stdin=subprocess.DEVNULL,
+                [*PYTHON, *words], pass_fds=[fd], stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
 
     def start(self, words, env, output):
-        """Start `python3 -I -S WORDS` as the leader of a session with this environment;
-        it writes to the file `output`. Return its Process."""
         status, theirs = os.pipe()
         order = json.dumps([words, env, os.getcwd()]).encode()
         try:
             socket.send_fds(self._orders, [order], [output.fileno(), theirs])
         finally:
             os.close(theirs)
-        return Process(status, [sys.executable, "-I", "-S", *words])
-
-    def end(self):
-        self._orders.close()
-        self._process.wait()
+        return Process(status, [*PYTHON, *words])
 
 
 class Process:
@@ -136,7 +149,7 @@ def become(words, env, folder, output):
     os.environ.clear()
     os.environ.update(env)
     sys.argv = words[1:] if words[0] == "-c" else words
-    show([sys.executable, "-I", "-S", *words], env)
+    show([*PYTHON, *words], env)
 
 
 def show(words, env):
@@ -167,7 +180,7 @@ def run(words):
 
 
 if __name__ == "__main__":
-    import ctypes  # llmswap does once it runs
+    import ctypes  # noqa: F401 (llmswap does once it runs)
 
     sys.path.insert(0, sys.argv[2])
     import llmswap  # noqa: F401
