@@ -2,7 +2,7 @@
 """The tests of llmswap, with a client for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
-    python3 -m pytest -n auto ...          the same on all cores, with pytest-xdist
+    pytest -n 4 --dist worksteal ...       the same by four workers of pytest-xdist
     python3 .ci/fake.py --port N           the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
@@ -114,10 +114,11 @@ def load_tool(name):
     return module
 
 
-chromium, fake, gguf, machines, recorder = map(
-    load_tool, ("browser", "fake", "gguf", "machines", "recorder")
+chromium, fake, forks, gguf, machines, recorder = map(
+    load_tool, ("browser", "fake", "forks", "gguf", "machines", "recorder")
 )
 
+PYTHON = forks.PYTHON
 recent_ports = collections.deque(maxlen=500)  # that free_port gave
 
 
@@ -352,7 +353,7 @@ def llmswap_file():
 
 
 def fake_file():
-    """The fake server, compiled: it starts in 25 ms."""
+    """The fake server, compiled: it starts in 15 ms."""
     return compiled(CI / "fake.py", "fake")
 
 
@@ -367,7 +368,7 @@ def llmswap_words(constants):
 
 def fake_command(*flags, port="${PORT}"):
     """The value of `cmd` for a fake server with these flags."""
-    words = [sys.executable, "-I", "-S", fake_file(), "--port", port]
+    words = [*PYTHON, fake_file(), "--port", port]
     return " ".join([*words, *map(str, flags)])
 
 
@@ -478,8 +479,7 @@ class Llmswap:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
-        words = ["-I", "-S", *llmswap_words(constants)]
-        self._args = [sys.executable, *words, str(self.ini)]
+        self._args = [*PYTHON, *llmswap_words(constants), str(self.ini)]
         self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
         self._env = {**os.environ, FAMILY: self.token, **(env or {})}
         self.write(text)
@@ -498,10 +498,8 @@ class Llmswap:
 
     def start(self):
         with open(self.folder / "stderr", "ab") as stderr:
-            self.process = subprocess.Popen(
-                self._args, env=self._env, stdin=subprocess.DEVNULL,
-                stdout=stderr, stderr=stderr, start_new_session=True,
-            )  # fmt: skip
+            place = os.path.dirname(llmswap_file())
+            self.process = forks.start(self._args, self._env, stderr, place)
         self.pid = self.process.pid
         eventually(self._is_up, 30)
 
@@ -2576,7 +2574,8 @@ def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
     try:
         assert "status 4" in str(begin(cmd=script(tmp_path, text)).exited())
     finally:
-        os.kill(int(pid.read_text()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # its pipe may have no reader
+            os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 # -- readiness and strangers
@@ -2642,7 +2641,7 @@ class Stranger:
 
     def __init__(self, port=None):
         self.port, pipe = port, subprocess.PIPE
-        words = [sys.executable, "-I", "-S", CI / "stranger.py"]
+        words = [*PYTHON, CI / "stranger.py"]
         new = {"start_new_session": True, "stdin": pipe, "stdout": pipe}
         self._process = subprocess.Popen(words, **new)
         self.pid = self._process.pid
@@ -3416,7 +3415,8 @@ def test_however_it_is_started_it_serves_and_ps_shows_its_command(tmp_path, way)
     text = f"[m]\ncmd = {fake_command()}\n[bad]\ncmd = {bad}\n"
     (tmp_path / "m.ini").write_text(text)
     shutil.copy(LLMSWAP, tmp_path / "llmswap.py")
-    file = ["-m", "llmswap"] if way == "as a module" else [LLMSWAP]
+    file = ["-m", "llmswap"] if way == "as a module" else [llmswap_file()]
+    file = [LLMSWAP] if way == "as a file" else file
     words = [sys.executable, *file, "m.ini", "--listen", f"127.0.0.1:{port}"]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command = [*WAYS_TO_START[way], *words]
@@ -3436,7 +3436,7 @@ def test_however_it_is_started_it_serves_and_ps_shows_its_command(tmp_path, way)
 def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
     (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
     port = free_port()
-    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--verbose"]
+    command = [*PYTHON, llmswap_file(), str(tmp_path / "m.ini"), "--verbose"]
     command += ["--listen", f"127.0.0.1:{port}"]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -3452,7 +3452,7 @@ def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
 def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
-    command = [sys.executable, LLMSWAP, str(path)]
+    command = [*PYTHON, llmswap_file(), str(path)]
     pipe = dict(stderr=subprocess.PIPE, text=True)
     with running(command, str(place), **pipe) as process:
         path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{free_port()}\n")
@@ -3469,7 +3469,7 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    command = [sys.executable, LLMSWAP, str(tmp_path / "m.ini"), "--listen"]
+    command = [*PYTHON, llmswap_file(), str(tmp_path / "m.ini"), "--listen"]
     place = str(tmp_path / "socket")
     ours = running([*command, f"unix:{place}"], place)
     with Llmswap("") as tcp, Fake() as other, ours:
@@ -3571,7 +3571,7 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
     if output:
         executable(tmp_path / "llama-server", f"echo '{output}'")
     env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    words = [sys.executable, LLMSWAP]
+    words = [*PYTHON, llmswap_file()]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
@@ -3642,7 +3642,8 @@ class Units:
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
-        systemctl = f'exec {sys.executable} -IS {CI}/systemctl.py "$@"'
+        file = compiled(CI / "systemctl.py", "systemctl")
+        systemctl = f'exec {sys.executable} -IS {file} "$@"'
         executable(folder / "systemctl", systemctl)
         executable(folder / "journalctl", JOURNALCTL)
 
@@ -4002,7 +4003,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 
 
 def test_a_remote_without_the_check_endpoint_is_a_504_that_names_it(machine):
-    lines = "check-endpoint = /sleep", "load-timeout = 300ms"
+    lines = "check-endpoint = /early?status=404", "load-timeout = 300ms"
     with brisk(remote_ini(machine.port, *lines)) as server:
         answer = server.chat("far")
     assert answer.status == 504 and "its check-endpoint answers 404" in answer.message()
@@ -6795,7 +6796,7 @@ def slow_model(folder, seconds=0.4, shards=1):
     for path in paths:
         path.touch()
         os.truncate(path, 80 * 2**20 // shards)
-    words = [sys.executable, "-I", "-S", CI / "mapper.py", "--map-seconds", seconds]
+    words = [*PYTHON, CI / "mapper.py", "--map-seconds", seconds]
     words += ["--read", ",".join(map(str, paths)), "--then", fake_file()]
     words += ["--model", paths[0], "--port", "${PORT}"]
     return " ".join(map(str, words))
@@ -8503,6 +8504,7 @@ def as_written(text, **more):
     proxy = brisk(text, **more)
     proxy.port = 8080
     del proxy._args[-2:]  # --listen
+    proxy._args[1:3] = ["-IS"]  # not forked, as forks have the tests' network
     return proxy
 
 

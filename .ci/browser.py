@@ -16,6 +16,8 @@ CHROMIUM = next(
 CHROMIUM_FLAGS = """\
 --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
 --disable-background-networking --disable-component-update --remote-debugging-pipe
+--disable-gpu-compositing --disable-software-rasterizer --in-process-gpu
+--force-prefers-reduced-motion
 """.split() + ["--host-resolver-rules=MAP *.test 127.0.0.1"]
 
 

@@ -1,18 +1,20 @@
 """The fake model server: everything a backend can do, and every way it can misbehave.
 
-`python3 .ci/fake.py --port N` is one; `--help` tells its flags. It imports little, for
-the tests start it hundreds of times.
+`python3 .ci/fake.py --port N` is one; `--help` tells its flags. The tests start it
+hundreds of times, so it imports no module that is written in Python: half of its start
+would be json, signal, socket and threading.
 """
 
-import json
+import _json
+import _signal as signal
+import _socket as socket
+import _thread
 import os
 import select
-import signal
-import socket
 import sys
-import threading
 import time
-from types import SimpleNamespace
+
+SimpleNamespace = type(sys.implementation)
 
 FLAGS = {  # name: default, and what it does
     "host": ("127.0.0.1", "where to listen"),
@@ -75,6 +77,29 @@ BLOCK = memoryview(b"0123456789abcdef" * 65536)  # what /bytes sends: 1 MB
 JSON_TYPE = "application/json; charset=utf-8"
 
 
+def dumps(value):
+    """The value as JSON."""
+    text = _json.encode_basestring_ascii
+    encode = _json.make_encoder(None, repr, text, None, ": ", ", ", False, False, True)
+    return "".join(encode(value, 0)).encode()
+
+
+def loads(text):
+    """The value of this JSON; ValueError if it is none."""
+    hooks = dict.fromkeys(("object_hook", "object_pairs_hook"))
+    numbers = {"parse_int": int, "parse_float": float, "parse_constant": float}
+    scan = _json.make_scanner(SimpleNamespace(strict=True, **hooks, **numbers))
+    text = (text.decode() if isinstance(text, bytes) else text).strip()
+    try:
+        value, end = scan(text, 0)
+        assert end == len(text)
+        return value
+    except (AssertionError, StopIteration, SystemError, ValueError):
+        import json  # it can tell what is wrong
+
+        return json.loads(text)
+
+
 class HangUp(OSError):
     """The client went away before its answer was complete, or is to be cut off."""
 
@@ -121,7 +146,7 @@ class Request:
     def __init__(self, server, sock):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.server, self.sock, self.send = server, sock, sock.sendall
-        self.file = sock.makefile("rb")
+        self.file = open(sock.fileno(), "rb", closefd=False)
         self._poll = select.poll()
         self._poll.register(sock, HANG_UP)
 
@@ -243,7 +268,7 @@ class Request:
         """Answer with a JSON document, or bytes as they are."""
         body = document
         if not isinstance(body, bytes):
-            body = json.dumps(document).encode()
+            body = dumps(document)
         head = self.head(status, JSON_TYPE, f"Content-Length: {len(body)}")
         self.send(head if self.method == "HEAD" else head + body)
 
@@ -269,9 +294,9 @@ class Talk:
     """A chat, completion or message that was asked for, in the shape of OpenAI."""
 
     def __init__(self, request):
-        self.request, self.wish = request, json.loads(request.body)
+        self.request, self.wish = request, loads(request.body)
         self.name = request.server.flags.model
-        self.id = f"{os.getpid()}-{threading.get_ident()}"
+        self.id = f"{os.getpid()}-{_thread.get_ident()}"
         self.tokens = self.wish.get("tokens", 3)
         self.prompt, self.cached = request.server.process_prompt(self.wish)
         calls = self.wish.get("arguments", [])
@@ -342,7 +367,7 @@ class Talk:
         if content is not None and self.is_chat:
             content = {"delta": content}
         document = self.document(content, finish, ".chunk", **more)
-        return b"data: %b\n\n" % json.dumps(document).encode()
+        return b"data: %b\n\n" % dumps(document)
 
     def events(self):
         """Yield (event, whether it is a token)."""
@@ -398,7 +423,7 @@ class Message(Talk):
         return {"type": "tool_use", **names, "input": given}
 
     def _event(self, kind, **more):
-        data = json.dumps({"type": kind, **more}).encode()
+        data = dumps({"type": kind, **more})
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
     def events(self):
@@ -427,7 +452,7 @@ class Message(Talk):
 def parsed(arguments):
     """The JSON value, or the text itself if it is none."""
     try:
-        return json.loads(arguments)
+        return loads(arguments)
     except ValueError:
         return arguments
 
@@ -437,7 +462,7 @@ class Server:
 
     def __init__(self, flags):
         self.flags = flags
-        self.lock = threading.Lock()
+        self.lock = _thread.allocate_lock()
         self.counts = {"requests": 0, "in_flight": 0, "cancelled": 0, "health": 0}
         self.requests = set()
         self.is_ready = self.is_asleep = self.is_health_hung = False
@@ -475,7 +500,7 @@ class Server:
             now, name = time.monotonic(), self.flags.model
             line = {"event": event, "t": now, "pid": os.getpid(), "model": name, **more}
             with open(self.flags.journal, "ab", 0) as file:
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(dumps(line) + b"\n")
 
     def say(self, text, descriptor=2):
         """Write a line of log; a closed pipe does not matter."""
@@ -518,7 +543,7 @@ class Server:
     def _on_term(self, number, frame):
         self.note("term")
         if not self.flags.ignore_term:  # this thread must be free for orders
-            threading.Thread(target=self._end).start()
+            _thread.start_new_thread(self._end, ())
 
     def _end(self):
         time.sleep(self.flags.stop_delay)
@@ -546,22 +571,26 @@ class Server:
 
     def _listen(self):
         host, port = self.flags.host, self.flags.port
+        self.listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            self.listener = socket.create_server((host, port), backlog=1024)
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.listener.bind((host, port))
+            self.listener.listen(1024)
         except OSError as error:
             self.say(f"couldn't bind HTTP server socket, port: {port} ({error})")
             self.note("end")
             os._exit(1)
-        threading.Thread(target=self._accept, daemon=True).start()
+        _thread.start_new_thread(self._accept, ())
         self.say(f"main: server is listening on http://{host}:{port}")
 
     def _accept(self):
         while True:
             try:
-                request = Request(self, self.listener.accept()[0])
+                fd, _ = self.listener._accept()
             except OSError:  # told to be deaf
                 return
-            threading.Thread(target=request.serve, daemon=True).start()
+            request = Request(self, socket.socket(fileno=fd))
+            _thread.start_new_thread(request.serve, ())
 
     def _load(self):
         seconds, lines = random_seconds(self.flags.load), self.flags.lines
@@ -655,7 +684,7 @@ def answer_whole(talk):
     """Answer at once, or with the first half of the body before an end."""
     request, wish = talk.request, talk.wish
     request.hold(wish.get("interval", 0) * talk.tokens)
-    body = json.dumps(talk.whole()).encode()
+    body = dumps(talk.whole())
     head = request.head(200, JSON_TYPE, f"Content-Length: {len(body)}")
     half = len(body) // 2
     if wish.get("die") or wish.get("cut"):
@@ -704,7 +733,7 @@ def answer_embeddings(request):
     import array
     import base64
 
-    wish = json.loads(request.body)
+    wish = loads(request.body)
     texts = wish.get("input", "")
     texts = [texts] if isinstance(texts, str) else texts
     vectors = [[len(text) / 8] * 8 for text in texts]
@@ -831,15 +860,15 @@ def answer_slots(request):
         return request.reply(error_document(501, "slots are not supported"), 501)
     if action == "list":
         return request.reply([server.slot_entry(number) for number in slots])
-    name = json.loads(request.body)["filename"]
+    name = loads(request.body)["filename"]
     path = os.path.join(server.flags.slot_save_path, name)
     number = int(request.path.rpartition("/")[2])
     if action == "restore":
         with open(path) as file:
-            slots[number] = None if fault == "useless" else json.loads(file.read())
+            slots[number] = None if fault == "useless" else loads(file.read())
         return request.reply({"n_restored": 1})
     talk, tokens = slots[number]
-    text = json.dumps([talk, tokens]).ljust(4 * tokens)
+    text = dumps([talk, tokens]).decode().ljust(4 * tokens)
     with open(path, "w") as file:
         file.write(text[: len(text) // 2] if fault == "short" else text)
     request.reply({"id_slot": number, "n_saved": tokens, "n_written": len(text)})

@@ -1,0 +1,192 @@
+"""Python programs started in a third of the time, by forks of one that has imported
+what they import.
+
+`python3 -I -S .ci/forks.py FD FOLDER ROOM` is that process: it imports llmswap from
+FOLDER, forgets it but not the standard library, and takes orders from the socket FD.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from functools import lru_cache
+
+PYTHON = [sys.executable, "-I", "-S"]
+ROOM = "." * 8000  # an argument, which a fork replaces by its own
+
+
+def start(args, env, output, folder):
+    """Start these arguments as the leader of a session with this environment; what it
+    writes goes to the file `output`. Return the process. If it is of PYTHON, it is a
+    fork; `folder` has llmswap.pyc."""
+    if args[:3] == PYTHON:
+        return Forks.of(folder).start(args[3:], env, output)
+    return subprocess.Popen(
+        args, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+class Forks:
+    """The process that forks. It ends with its parent; its programs outlive it."""
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def of(folder):
+        return Forks(folder)
+
+    def __init__(self, folder):
+        self._orders, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with theirs:
+            fd = theirs.fileno()
+            words = [os.path.abspath(__file__), str(fd), folder, ROOM]
+            self._process = subprocess.Popen(
+                [*PYTHON, *words], pass_fds=[fd], stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def start(self, words, env, output):
+        status, theirs = os.pipe()
+        order = json.dumps([words, env, os.getcwd()]).encode()
+        try:
+            socket.send_fds(self._orders, [order], [output.fileno(), theirs])
+        finally:
+            os.close(theirs)
+        return Process(status, [*PYTHON, *words])
+
+
+class Process:
+    """A program that runs, as subprocess.Popen has it. `pipe` tells its pid and, after
+    its end, its status."""
+
+    def __init__(self, pipe, args):
+        self._pipe, self.args = os.fdopen(pipe), args
+        self.pid = int(self._pipe.readline())
+        self.returncode = None
+
+    def poll(self):
+        return self._await_end(0)
+
+    def wait(self, timeout=None):
+        if self._await_end(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def _await_end(self, timeout):
+        if self.returncode is None and select.select([self._pipe], [], [], timeout)[0]:
+            self.returncode = int(self._pipe.readline())
+            self._pipe.close()
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+# ---- within that process
+
+
+def serve(orders):
+    """Carry out orders until their sender has ended. Return, in each fork, its order,
+    and None in the end."""
+    pipes = {}  # by pid
+    wakeup, bell = os.pipe()
+    os.set_blocking(bell, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(bell)
+    while True:
+        ready = select.select([orders, wakeup], [], [])[0]
+        if wakeup in ready:
+            os.read(wakeup, 1000)
+            report_ends(pipes)
+        if orders in ready:
+            data, fds, _, _ = socket.recv_fds(orders, 1 << 20, 2)
+            if not data:
+                return None
+            output, pipe = fds
+            pid = os.fork()
+            if not pid:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for fd in (wakeup, bell, pipe, *pipes.values()):
+                    os.close(fd)
+                return json.loads(data), output
+            os.write(pipe, b"%d\n" % pid)
+            os.close(output)
+            pipes[pid] = pipe
+
+
+def report_ends(pipes):
+    while pipes:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        pipe = pipes.pop(pid)
+        try:
+            os.write(pipe, b"%d\n" % code)
+        except BrokenPipeError:
+            pass  # nobody waits for it
+        os.close(pipe)
+
+
+def become(words, env, folder, output):
+    """Be the process that `python3 -I -S WORDS` is, for others too."""
+    os.setsid()
+    os.chdir(folder)
+    for fd in (1, 2):
+        os.dup2(output, fd)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = words[1:] if words[0] == "-c" else words
+    show([*PYTHON, *words], env)
+
+
+def show(words, env):
+    """Have /proc show these arguments, and behind them the family."""
+    import ctypes
+
+    with open("/proc/self/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    start, end = map(int, fields[45:47])  # arg_start, arg_end
+    family = f"TEST_FAMILY={env.get('TEST_FAMILY', '')}"
+    line = "\0".join([*words, family]).encode() + b"\0"
+    ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
+
+
+def run(words):
+    """Run the program as the module __main__, as Python does."""
+    import marshal
+    import types
+
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if words[0] == "-c":
+        code = compile(words[1], "<string>", "exec")
+    else:
+        main.__file__ = words[0]
+        with open(words[0], "rb") as file:
+            code = marshal.loads(file.read()[16:])  # behind the header of a .pyc
+    exec(code, main.__dict__)
+
+
+if __name__ == "__main__":
+    import ctypes  # noqa: F401 (llmswap does once it runs)
+
+    sys.path.insert(0, sys.argv[2])
+    import llmswap  # noqa: F401
+
+    del sys.modules["llmswap"], sys.path[0]
+    order = serve(socket.socket(fileno=int(sys.argv[1])))
+    if order:
+        become(*order[0], order[1])
+        run(order[0][0])
