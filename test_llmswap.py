@@ -1987,113 +1987,7 @@ The youngest tickets are refused when the queue is full
 """
 
 
-class Story:
-    """A scheduler with events and decisions written as words."""
-
-    def __init__(self, setting):
-        specs, limits = setting_of(setting)
-        self.core = llmswap.Scheduler(limits, specs)
-        self.tickets = []
-
-    def tell(self, now, text):
-        """Let the event happen; return the decisions, and the next deadline."""
-        words = text.lstrip("+").split()
-        if words[0] in ("loaded", "slept", "crashed", "exited"):
-            words.insert(0, "report")
-        method = getattr(self, "_" + words[0])
-        answer = method(float(now), *words[1:])
-        if answer is not None:
-            return answer, math.inf
-        return ([], math.inf) if text.startswith("+") else self.decide(float(now))
-
-    def decide(self, now):
-        decisions, deadline = self.core.decide(now)
-        return [in_words(decision) for decision in decisions], deadline
-
-    def _wait(self, now):
-        """Nothing but time passes."""
-
-    def _ask(self, now, name, kind=None):
-        refusal = llmswap.BadRequest("not loaded")
-        kinds = {"no-load": {"load_refusal": refusal}, None: {}}.get(kind, {kind: True})
-        self.tickets.append(self.core.submit(name, now, **kinds))
-
-    def _end(self, now, number):
-        self.core.finish(self.tickets[int(number) - 1], now)
-
-    def _busy(self, now, name):
-        self._ask(now, name)
-        words, _ = self.decide(now)
-        self._report(now, "loaded", name)
-        words += self.decide(now)[0]
-        granted = f"grant {len(self.tickets)}"
-        assert granted in words
-        return [word for word in words if word not in (granted, f"start {name}")]
-
-    def _serve(self, now, name, end):
-        words = self._busy(now, name)
-        self._end(float(end), len(self.tickets))
-        return words + self.decide(float(end))[0]
-
-    def _fail(self, now, name, times=1):
-        for _ in range(int(times)):
-            self._ask(now, name)
-            assert self.decide(now)[0] == [f"start {name}"]
-            self._report(now, "exited", name, "broken")
-            refusal = f"refuse {len(self.tickets)}: model_start_failed"
-            assert self.decide(now)[0] == [refusal]
-        return []
-
-    def _report(self, now, event, name, *failure):
-        """The backend of this run is loaded, has slept, crashed or exited."""
-        problems = [{"broken": BROKEN, "starved": STARVED}[word] for word in failure]
-        getattr(self.core, event)(name, self.core.models[name].run, now, *problems)
-
-    def _learn(self, now, name, amount):
-        self.core.learn(name, {"vram": int(amount)})
-
-    def _adopted(self, now, name):
-        self.core.adopted(name, now)
-
-    def _unload(self, now, name):
-        self.core.unload(name, now, llmswap.ModelUnloaded(name))
-
-    def _keep(self, now, name, seconds):
-        self.core.keep_alive(name, float(seconds))
-
-    def _reload(self, now, *words):
-        setting, _, changed = " ".join(words).partition(" changed ")
-        specs, limits = setting_of(setting)
-        self.core.configure(limits, specs, changed.split(), llmswap.ModelNotFound)
-
-    def _soonest(self, now, name, _, *names):
-        assert self.core.choose(names) == name
-
-
-def setting_of(text):
-    """The specs and limits in a line such as "a b(concurrency=1) | patience=0"."""
-    models, _, limits = text.partition("|")
-    specs = {}
-    for word in models.split():
-        name, _, pairs = word.rstrip(")").partition("(")
-        pairs = pairs.replace("sleeps", "can_sleep=1,needs=8,sleep_needs=2")
-        specs[name] = llmswap.ModelSpec(**values_of(pairs.replace(",", " ")))
-    return specs, llmswap.Limits(**values_of(limits))
-
-
-def values_of(text):
-    values = dict(pair.split("=") for pair in text.split())
-    for key, value in values.items():
-        if key in ("needs", "sleep_needs", "budget"):
-            values[key] = {"vram": int(value)}
-        elif key == "sets":
-            values[key] = tuple(map(frozenset, value.split(",")))
-        else:
-            values[key] = float(value)
-    return values
-
-
-walk = load_tool("walk")
+walk, stories = map(load_tool, ("walk", "stories"))
 BROKEN, STARVED, in_words = walk.BROKEN, walk.STARVED, walk.in_words
 World = walk.World
 STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
@@ -2101,7 +1995,7 @@ STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 
 def test_a_refusal_names_only_the_pins_that_are_in_the_way():
     pinned = "embed(needs=1,is_pinned=1) big(needs=20,is_pinned_once_loaded=1)"
-    stage = Story(f"{pinned} c(needs=8) | models_max=0 budget=24")
+    stage = stories.Story(f"{pinned} c(needs=8) | models_max=0 budget=24")
     stage.tell(0, "serve embed 0")
     stage.tell(0, "serve big 0")
     stage.core.submit("c", 1.0)
@@ -2112,7 +2006,7 @@ def test_a_refusal_names_only_the_pins_that_are_in_the_way():
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
 def test_story(story):
     title, *lines = story.splitlines()
-    stage = Story("a b" if STORY_LINE.fullmatch(lines[0]) else lines.pop(0))
+    stage = stories.Story("a b" if STORY_LINE.fullmatch(lines[0]) else lines.pop(0))
     for line in lines:
         now, text, expected, deadline = STORY_LINE.fullmatch(line).groups("")
         words, moment = stage.tell(now, text.strip())
@@ -2123,7 +2017,7 @@ def test_story(story):
 
 
 def test_failed_loads_are_spaced_and_a_refusal_says_for_how_long():
-    stage, now, moments = Story("a"), 0.0, [0.0]
+    stage, now, moments = stories.Story("a"), 0.0, [0.0]
     for _ in range(10):
         stage.tell(now, "fail a")
         now = max(now, stage.core.models["a"].retry_at)
@@ -2176,7 +2070,7 @@ def test_two_groups_of_clients_in_closed_loops_need_few_loads(
 def crowded_stage(models, loaded, more=""):
     """Models m0, m1, ... that need 1 each; the first are busy and fill all room."""
     specs = " ".join(f"m{i}(needs=1)" for i in range(models))
-    stage = Story(f"{specs} {more} | models_max=0 budget={loaded} queue_max=0")
+    stage = stories.Story(f"{specs} {more} | models_max=0 budget={loaded} queue_max=0")
     for i in range(loaded):
         stage.tell(i, f"busy m{i}")
     return stage
@@ -9144,73 +9038,7 @@ def context_file(folder, lines="", settings=""):
     return CONTEXT_FILE.format(folder=folder, lines=lines, settings=settings)
 
 
-class Keeping(Llmswap):
-    """llmswap on a context_file."""
-
-    def __init__(self, folder, *lines):
-        self.place = folder
-        self.text = context_file(folder, *lines)
-        super().__init__(self.text)
-
-    def fault(self, text):
-        """From now on the fake servers' slots have this fault."""
-        (self.place / "fault").write_text(text)
-
-    def tell(self, talk="x", prompt=3000, model="a", **wish):
-        """Go on with a conversation; return how much of its prompt was in the cache."""
-        answer = self.chat(model, talk=talk, prompt_tokens=prompt, **wish)
-        eventually(lambda: self.get("/health").json()["requests"] == 0)  # it is recorded
-        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-    def swap(self):
-        """Have a unloaded for b."""
-        assert self.chat("b").status == 200
-
-    def tell_and_swap(self, *words, **wish):
-        cached = self.tell(*words, **wish)
-        self.swap()
-        return cached
-
-    def restart(self):
-        self.process.terminate()
-        assert self.process.wait(30) == 0
-        self.start()
-
-    def await_unloaded(self):
-        eventually(lambda: self.states()["a"] == "unloaded")
-
-    def reload_and_swap(self):
-        self.reload(self.text.replace("[b]\nc = 1", "[c]\nc = 2"))
-        eventually(lambda: "c" in self.states())
-        assert self.states()["a"] == "loaded" and self.chat("c").status == 200
-
-    def change_command(self):
-        self.reload(self.text.replace("keep-context", "d = 1\nkeep-context"))
-        eventually(lambda: "was read again" in self.log())
-
-    def change_file(self, name):
-        with open(self.place / name, "a") as file:
-            file.write("# new")
-
-    def crash(self):
-        """Have the context restored, and kill the server that has it."""
-        assert self.tell() == 3000
-        [pid] = [pid for pid, line in family(self.token).items() if "--alias a" in line]
-        os.kill(pid, signal.SIGKILL)
-        self.await_unloaded()
-
-    def actions(self, action):
-        """How often its servers were asked for this action on a slot."""
-        return (self.place / "journal").read_text().count(f'"event": "{action}"')
-
-    def complaints(self):
-        """The lines of the log that say why a context is not there."""
-        return re.findall(r"a \| llmswap: (.*context.*)", self.log())
-
-    def files(self, model="a"):
-        """The files of saved contexts, without the manifest."""
-        return [*self.place.glob(f"state/context/{model}/{model}.*")]
-
+Keeping = load_tool("keeping").Keeping
 
 KEEPING_STOPS = {
     Keeping.swap: "", Keeping.restart: "", Keeping.reload_and_swap: "",
