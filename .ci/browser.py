@@ -132,14 +132,20 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def click(self, element):
-        """Click on the middle of an element, as a person does, once it is there."""
+        """Click on the middle of an element, as a person does, once it is there; again
+        if it moved away meanwhile, as rows do when they change."""
         self.until(f"{element}?.checkVisibility()")
+        watch = "addEventListener('click', () => { window.isHit = true; }, {once: true})"
+        self.value(f"{{window.isHit = false; {element}.{watch}}}")
         box = f"{{const e = {element}; e.scrollIntoView({{block: 'center'}});"
         box += " const r = e.getBoundingClientRect();"
-        x, y = self.value(f"{box} [r.x + r.width / 2, r.y + r.height / 2]}}")
-        for kind in ("mousePressed", "mouseReleased"):
-            how = {"x": x, "y": y, "button": "left", "clickCount": 1}
-            self.call("Input.dispatchMouseEvent", type=kind, **how)
+        for _ in range(5):
+            x, y = self.value(f"{box} [r.x + r.width / 2, r.y + r.height / 2]}}")
+            for kind in ("mousePressed", "mouseReleased"):
+                how = {"x": x, "y": y, "button": "left", "clickCount": 1}
+                self.call("Input.dispatchMouseEvent", type=kind, **how)
+            if self.value("window.isHit"):
+                break
 
     def look(self, width, scheme, height=800):
         """Be a screen of this width, in a `light` or a `dark` room."""
