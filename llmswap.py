@@ -2990,6 +2990,7 @@ class Backend:
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
+        self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
         self._title = model.name
         self._wakeup = threading.Event()
@@ -3190,8 +3191,8 @@ class Backend:
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self.model.settings.load_timeout or math.inf
         self._began = self._looked_at = time.monotonic()
-        self.progress, self._model_size, self._seen_activity = None, 0, set()
-        reason = None
+        self.progress, self.refusal = None, None
+        self._model_size, self._seen_activity = 0, set()
         while self._may_become_ready():
             asked_at = time.monotonic()
             timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
@@ -3203,10 +3204,10 @@ class Backend:
             self._look_at_load()
             now = time.monotonic()
             if probe.status:
-                reason = f"its check-endpoint answers {probe.status}"
+                self.refusal = f"its check-endpoint answers {probe.status}"
             if now >= self._progress_at + limit:
                 text = f"{self._title} {self._lateness} for {limit:g} s"
-                why = reason or probe.reason
+                why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
             self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
@@ -5386,8 +5387,9 @@ class Pool:
         run = self._runs[backend]
         if seconds >= run.next_load_line:
             run.next_load_line = seconds + LOAD_LINE_EVERY
-            share = percent(backend.progress)
-            self._log("info", f"{name}: loading{share} after {seconds:.0f} s")
+            share, why = percent(backend.progress), backend.refusal
+            why = f" ({why})" if why else ""
+            self._log("info", f"{name}: loading{share} after {seconds:.0f} s{why}")
 
     def on_loaded(self, backend):
         name, seconds = backend.model.name, time.monotonic() - backend.started_at

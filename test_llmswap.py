@@ -3897,10 +3897,12 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
 
 
 def test_a_remote_without_the_check_endpoint_is_a_504_that_names_it(machine):
-    lines = "check-endpoint = /early?status=404", "load-timeout = 300ms"
-    with brisk(remote_ini(machine.port, *lines)) as server:
+    lines = "check-endpoint = /early?status=404", "load-timeout = 500ms"
+    reason = "its check-endpoint answers 404"
+    with brisk(remote_ini(machine.port, *lines), LOAD_LINE_EVERY=0.1) as server:
         answer = server.chat("far")
-    assert answer.status == 504 and "its check-endpoint answers 404" in answer.message()
+        assert answer.status == 504 and reason in answer.message()
+        assert f"far: loading after 0 s ({reason})\n" in server.log()
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
