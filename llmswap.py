@@ -1902,8 +1902,12 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
+    def pause_keep_loaded(self):
+        """keep_loaded has no effect until the next request, or `resume_keep_loaded`."""
+        self._is_keep_loaded_paused = True
+
     def resume_keep_loaded(self):
-        """keep_loaded has effect again, though all models were unloaded."""
+        """keep_loaded has effect again."""
         self._is_keep_loaded_paused = False
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
@@ -2072,7 +2076,7 @@ class Scheduler:
     def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self._is_keep_loaded_paused = True
+        self.pause_keep_loaded()
         for name in self.models:
             self._unload(name, now, problem)
 
@@ -4792,6 +4796,8 @@ class Pool:
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
+        with self._lock:
+            self._scheduler.pause_keep_loaded()  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
         self._adoption = start_thread(self._adopt_units, "units")
@@ -4811,7 +4817,7 @@ class Pool:
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
         with self._event():
-            pass  # the scheduler starts those that fit
+            self._scheduler.resume_keep_loaded()
 
     def _adopt_units(self):
         """Adopt the units that run already."""

@@ -5318,7 +5318,8 @@ def rows_of(server, query=""):
 def test_requests_are_remembered_with_who_asked_for_what():
     with Llmswap("[a]\ncmd = FAKE\nalias = x\n[b]\ncmd = FAKE --load-exit 3") as server:
         server.ask("X" * 999, CHAT, chat_body("n" * 999))
-        assert [len(rows_of(server)[0][name]) for name in ("method", "asked")] == [200, 500]
+        (row,) = eventually(lambda: rows_of(server))
+        assert (len(row["method"]), len(row["asked"])) == (200, 500)
         fields = {"User-Agent": "tester" * 99, "X-Session-Id": "s1"}
         assert server.post(CHAT, chat_body("x"), fields).status == 200
         eventually(lambda: all(row["status"] for row in rows_of(server)))
