@@ -6769,7 +6769,7 @@ def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
 
 
 def test_other_requests_get_comments_instead():
-    text = "[a]\ncmd = FAKE --load 0.4\nloading-notice = reasoning\n"
+    text = "[a]\ncmd = FAKE --load 1\nloading-notice = reasoning\n"
     body = {**chat_body("a"), "stream": True, "prompt": "x", "max_tokens": 3}
     with watchful(text) as server:
         paths = "/v1/completions", MESSAGES
