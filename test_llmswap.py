@@ -3940,13 +3940,13 @@ def return_later(machine, seconds, is_silent):
     """Switch the machine on after a while; until then it drops or refuses what comes."""
     place = "127.0.0.1", machine.port
     with contextlib.ExitStack() as stack:
+        stack.callback(machine.on)  # the last that happens
         if is_silent:  # as a listener with a full backlog is
             stack.enter_context(socket.create_server(place, backlog=0))
             for _ in range(3):
                 sock = stack.enter_context(socket.socket())
                 sock.setblocking(False)
                 sock.connect_ex(place)
-        stack.callback(machine.on)
         threading.Timer(seconds, stack.pop_all().close).start()
 
 
