@@ -8450,19 +8450,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"running": running})
 
     def get_props(self):
-        self._send_json(
-            {
-                "role": "router",
-                "max_instances": self.config.settings.models_max,
-                "models_autoload": self.config.settings.models_autoload,
-                "model_alias": "llmswap",
-                "model_path": "none",
-                "default_generation_settings": {"params": None, "n_ctx": 0},
-                "ui_settings": {},
-                "build_info": f"llmswap {VERSION}",
-                "cors_proxy_enabled": False,
-            }
-        )
+        self._send_json({
+            "role": "router",
+            "max_instances": self.config.settings.models_max,
+            "models_autoload": self.config.settings.models_autoload,
+            "model_alias": "llmswap",
+            "model_path": "none",
+            "default_generation_settings": {"params": None, "n_ctx": 0},
+            "ui_settings": {},
+            "build_info": f"llmswap {VERSION}",
+            "cors_proxy_enabled": False,
+        })
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
