@@ -2940,6 +2940,14 @@ def test_a_model_misconfigured_by_a_reload_refuses_waiting_and_new_requests(stag
     assert isinstance(stage.ask("a").refused(), llmswap.ModelMisconfigured)
 
 
+def test_a_model_in_memory_is_not_examined_again(stage, monkeypatch):
+    stage.load("a")
+    monkeypatch.setattr(llmswap, "check_start", Mock(side_effect=llmswap.LoadFailed("x")))
+    request = stage.ask("a")
+    request.granted()
+    request.end()
+
+
 def test_a_backend_that_drains_keeps_its_settings_through_any_reloads(stage):
     stage.load("a")
     request, backend = stage.ask("a"), stage.backend("a")
