@@ -1699,10 +1699,11 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
+        self.keep_loaded_at = -math.inf  # after a crash, so that it is not at once
+        self.is_released = False  # unloaded by hand: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
@@ -1743,8 +1744,8 @@ class ModelState:
     @property
     def is_stopping_soon(self) -> bool:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
-        reloaded = self.replacement is not None or self.removal_error is not None
-        return self.unload_by is not None or reloaded
+        is_reloaded = self.replacement is not None or self.removal_error is not None
+        return is_reloaded or self.unload_by is not None
 
     def usage(self) -> ModelUsage:
         """What it takes of the limits now."""
@@ -1781,14 +1782,8 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
-        if self.keep_loaded_at < math.inf:
-            self.keep_loaded_at = -math.inf
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
-            self.keep_loaded_at = -math.inf
+        self.failures = 0
+        self.retry_at = self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1866,7 +1861,7 @@ class Scheduler:
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
-        self._is_keep_loaded_paused = False  # until the next request
+        self.is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1876,15 +1871,14 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request for the model; the next `decide` may grant or refuse it."""
         model = self.models[name]
-        model.resume_keep_loaded()
-        self.resume_keep_loaded()
+        model.is_released = self.is_keep_loaded_paused = False
         number = next(self._numbers)
         ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
         if manual:
             model.reset_failures()
         else:
             model.record_arrival(now)
-        self._queue[ticket.number] = ticket
+        self._queue[number] = ticket
         model.waiting += 1
         return ticket
 
@@ -1901,14 +1895,6 @@ class Scheduler:
         else:
             model.in_flight -= 1
         model.record_idle(now)
-
-    def pause_keep_loaded(self):
-        """keep_loaded has no effect until the next request, or `resume_keep_loaded`."""
-        self._is_keep_loaded_paused = True
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again."""
-        self._is_keep_loaded_paused = False
 
     def choose(self, names: Sequence[str]) -> Optional[str]:
         """Return the model that can serve a request soonest, the first if none is
@@ -1956,12 +1942,11 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
-            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.is_released = False
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
@@ -1990,7 +1975,7 @@ class Scheduler:
         victim = None
         if model is None:
             return None
-        if model.state is State.UNLOADING and model.stop_cause != "crashed":
+        if model.stop_cause:
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
@@ -2000,10 +1985,9 @@ class Scheduler:
                 self.refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            moment = model.ready_at + MAX_BACKOFF
-            model.keep_loaded_at = max(model.keep_loaded_at, moment)
+            model.keep_loaded_at = model.ready_at + MAX_BACKOFF
         else:  # stopped by other means than llmswap
-            model.keep_loaded_at = math.inf
+            model.is_released = True
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2070,13 +2054,13 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_loaded_at = math.inf
+        self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self.pause_keep_loaded()
+        self.is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
@@ -2115,7 +2099,7 @@ class Scheduler:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.is_released = False
             if model.is_pinned:
                 model.drains_for = None
 
@@ -2128,11 +2112,6 @@ class Scheduler:
     def close(self, problem: APIError):
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
-
-    def stop_all(self):
-        """Stop every backend now, in use or not."""
-        for model in self.held.values():
-            model.unload_by = -math.inf
 
     # -- counts ----------------------------------------------------------------------
 
@@ -2150,17 +2129,27 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
+
+        def changes(step):
+            before = self._count_changes()
+            step(now)
+            return self._count_changes() != before
+
         steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(step(now) for step in steps):
+        while any(map(changes, steps)):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
-        """Walk the queue once; return whether anything changed."""
+        """Walk the queue once."""
         self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
@@ -2171,7 +2160,6 @@ class Scheduler:
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2189,11 +2177,6 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != self._count_changes()
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
         model, limit = ticket.model, ticket.model.spec.concurrency
@@ -2366,27 +2349,25 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return whether it
-        did. A later ticket that needs the room stops such a load at once."""
-        if self._queue or self._closing_error or self._is_keep_loaded_paused:
-            return False
-        wanted = [model for model in self.models.values() if model.spec.keep_loaded]
-        for model in wanted:
+        """If no ticket waits, start the keep_loaded models that fit. A later ticket
+        that needs the room stops such a load at once."""
+        if self._queue or self._closing_error or self.is_keep_loaded_paused:
+            return
+        for model in self.models.values():
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
-            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
-            if not (is_missing and model.is_down):
+            is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
+            if not (is_wanted and is_missing):
                 continue
             if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
-                    return True
-                self._look_again_at(moment)
-        return False
+                else:
+                    self._look_again_at(moment)
 
     def _stop_models(self, now):
-        """Stop every model that has drained or idled long enough; return if any."""
-        before = len(self._decisions)
+        """Stop every model that has drained or idled long enough."""
         for model in self.held.values():
             cause, moment = self._stop_due(model)
             if now < moment:
@@ -2401,7 +2382,6 @@ class Scheduler:
             model.stop_cause = "sleep" if to_sleep else cause
             stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
             self._decisions.append(stop)
-        return len(self._decisions) != before
 
     def _stop_due(self, model):
         """Return why the model is to be stopped, and when; inf: not for now."""
@@ -4796,8 +4776,7 @@ class Pool:
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        with self._lock:
-            self._scheduler.pause_keep_loaded()  # load-on-startup comes first
+        self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
         self._adoption = start_thread(self._adopt_units, "units")
@@ -4816,8 +4795,7 @@ class Pool:
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
-        with self._event():
-            self._scheduler.resume_keep_loaded()
+        self.resume_keep_loaded()
 
     def _adopt_units(self):
         """Adopt the units that run already."""
@@ -4933,9 +4911,9 @@ class Pool:
         return self._scheduler.models[name]
 
     def resume_keep_loaded(self):
-        """A request was refused because its model is not loaded: see Scheduler."""
+        """End the pause that lasts until the next request."""
         with self._event():
-            self._scheduler.resume_keep_loaded()
+            self._scheduler.is_keep_loaded_paused = False
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
@@ -5495,8 +5473,9 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends in parallel and wait for their end."""
+        problem = ShuttingDown("llmswap is shutting down")
         with self._event() as now:
-            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
+            self._scheduler.close(problem)
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
@@ -5504,9 +5483,9 @@ class Pool:
         with self._event():
             while self._scheduler.in_flight and self._clock() < deadline:
                 self._changed.wait(deadline - self._clock())
-            self._scheduler.stop_all()
+            self._scheduler.unload_all(now, problem)
             for backend in self._backends.values():
-                backend.stop()  # also one that is falling asleep
+                backend.stop()  # also if it is in use, or falling asleep
         with self._lock:
             while self._backends:
                 self._changed.wait()
@@ -5518,7 +5497,6 @@ class Pool:
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
         with self._event():
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
