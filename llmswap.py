@@ -1573,7 +1573,7 @@ class ModelSpec(NamedTuple):
     models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
     unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
     `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room.
+    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
     """
 
     needs: Mapping[str, int] = {}
@@ -1586,6 +1586,7 @@ class ModelSpec(NamedTuple):
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
+    problem: Optional[APIError] = None
 
 
 class ModelUsage(NamedTuple):
@@ -1847,6 +1848,10 @@ def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
     return chosen
 
 
+def _removed(name):
+    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
+
+
 class Scheduler:
     """Decides which models run and which tickets are served. See the banner above."""
 
@@ -1896,16 +1901,18 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
-    def choose(self, names: Sequence[str]) -> Optional[str]:
+    def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
-        loaded, or None if a reload has removed all of them."""
+        loaded. Raise ModelNotFound if a reload has removed all of them."""
         models = [self.models[name] for name in names if name in self.models]
         for state in SOONEST_FIRST:
             for model in models:
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
-                    return model.name
-        return models[0].name if models else None
+                    return model
+        if not models:
+            raise _removed(names[0])
+        return models[0]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -1982,7 +1989,7 @@ class Scheduler:
             victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
-                self.refuse_waiting(name, failure)
+                self._refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
             model.keep_loaded_at = model.ready_at + MAX_BACKOFF
@@ -2066,7 +2073,7 @@ class Scheduler:
 
     def _unload(self, name, now, problem):
         model = self.models[name]
-        self.refuse_waiting(name, problem)
+        self._refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
             model.unload_by = now + model.spec.stop_timeout
         return model.is_held
@@ -2076,18 +2083,16 @@ class Scheduler:
         limits: Limits,
         specs: Mapping[str, ModelSpec],
         changed: Sequence[str],
-        removal_error: Callable[[str], APIError],
     ):
         """Take over a new configuration.
 
-        Backends in `changed` drain and are replaced, those not in `specs` drain and
-        stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
+        Backends in `changed` drain and are replaced. Those not in `specs` drain and
+        stop, and their tickets are refused. No lease is cut.
         """
         self.limits = limits
         for name, model in list(self.models.items()):
             if name not in specs:
-                model.removal_error, model.replacement = removal_error(name), None
-                self.refuse_waiting(name, model.removal_error)
+                model.removal_error, model.replacement = _removed(name), None
                 if not model.is_held:
                     del self.models[name]
         for name, spec in specs.items():
@@ -2103,8 +2108,7 @@ class Scheduler:
             if model.is_pinned:
                 model.drains_for = None
 
-    def refuse_waiting(self, name: str, problem: APIError):
-        """Refuse every ticket that waits for the model."""
+    def _refuse_waiting(self, name, problem):
         for ticket in list(self._queue.values()):
             if ticket.model.name == name:
                 self._refuse(ticket, problem)
@@ -2183,15 +2187,16 @@ class Scheduler:
         if model.state is not State.LOADED or model.is_stopping_soon:
             return False
         is_younger = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or is_younger:
+        if self._closing_error or model.spec.problem or is_younger:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
-        if self._closing_error or model.removal_error:
-            return self._closing_error or model.removal_error
+        problem = self._closing_error or model.removal_error or model.spec.problem
+        if problem:
+            return problem
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
@@ -2207,24 +2212,16 @@ class Scheduler:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        needed = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        needs_room = pins and model.is_down and model.needs_room
+        if needs_room and not self.limits.allow(needed):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unloading by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda unloaded: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in unloaded)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -4848,12 +4845,9 @@ class Pool:
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
+            name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
-            ticket = self._scheduler.submit(scheduled.name, now, **kind)
+            ticket = self._scheduler.submit(name, now, **kind)
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
@@ -4864,7 +4858,7 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
@@ -4902,14 +4896,6 @@ class Pool:
         else:
             outcome.set_result(None)
 
-    def _scheduled(self, model):
-        """Return the ModelState that serves this model now; raise ModelNotFound if a
-        reload removed it. The lock is held."""
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            raise _removed(model.name)
-        return self._scheduler.models[name]
-
     def resume_keep_loaded(self):
         """End the pause that lasts until the next request."""
         with self._event():
@@ -4918,7 +4904,8 @@ class Pool:
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
+            name = self._scheduler.choose(model.backends).name
+            self._scheduler.keep_alive(name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -4935,7 +4922,8 @@ class Pool:
         ModelNotFound if a reload has removed it."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            return self._scheduler.unload(self._scheduled(model).name, now, problem)
+            name = self._scheduler.choose(model.backends).name
+            return self._scheduler.unload(name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -4968,11 +4956,7 @@ class Pool:
                 if model.launch == backend.model.launch:
                     backend.model = model
             limits, self._specs = limits_of(config, budget), self._find_specs()
-            self._scheduler.configure(limits, self._specs, changed, _removed)
-            for model in config.models.values():
-                if model.problem:
-                    reason = ModelMisconfigured(model.problem)
-                    self._scheduler.refuse_waiting(model.name, reason)
+            self._scheduler.configure(limits, self._specs, changed)
         self._contexts.configure(config)
         self._adoption = start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
@@ -5022,6 +5006,7 @@ class Pool:
                 concurrency=model.settings.concurrency,
                 idle_timeout=model.settings.idle_timeout,
                 stop_timeout=model.settings.stop_timeout,
+                problem=model.problem and ModelMisconfigured(model.problem),
             )
             for name, model in self.config.models.items() if model.backends == (name,)
         }
@@ -5110,13 +5095,14 @@ class Pool:
         None if it is in none of the given states, or about to stop. Raise ModelNotFound
         if a reload has removed the model."""
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
 
     def status(self, model: Model) -> ModelStatus:
-        """Return the status of the model."""
+        """Return the status of the model. Raise ModelNotFound if a reload has removed
+        it."""
         with self._lock:
             return self._status(model)
 
@@ -5140,11 +5126,9 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            return ModelStatus(model.name, kind=model.kind)  # a reload has removed it
-        now, scheduled = self._clock(), self._scheduler.models[name]
-        state, changed_at = scheduled.state, scheduled.changed_at
+        now, scheduled = self._clock(), self._scheduler.choose(model.backends)
+        name, state = scheduled.name, scheduled.state
+        changed_at = scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5248,9 +5232,9 @@ class Pool:
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
-            server = self._scheduler.choose(model.backends) if model else None
-            if server and speed is not None:
-                self._speeds[server] = speed
+            if model and speed is not None:
+                with contextlib.suppress(ModelNotFound):
+                    self._speeds[self._scheduler.choose(model.backends).name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5531,10 +5515,6 @@ def address_of(model: Model) -> Dict[str, int]:
     the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
-
-
-def _removed(name):
-    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:

@@ -1993,16 +1993,6 @@ World = walk.World
 STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
 
 
-def test_a_refusal_names_only_the_pins_that_are_in_the_way():
-    pinned = "embed(needs=1,is_pinned=1) big(needs=20,is_pinned_once_loaded=1)"
-    stage = stories.Story(f"{pinned} c(needs=8) | models_max=0 budget=24")
-    stage.tell(0, "serve embed 0")
-    stage.tell(0, "serve big 0")
-    stage.core.submit("c", 1.0)
-    [refusal], _ = stage.core.decide(1.0)
-    assert "beside the pinned big: unload" in str(refusal.problem)
-
-
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
 def test_story(story):
     title, *lines = story.splitlines()

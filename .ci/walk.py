@@ -462,7 +462,7 @@ class Walk:
 
     def _reload(self, limits, specs, changed):
         self._note(f"configure {limits} {specs} changed {changed}")
-        self.core.configure(limits, specs, changed, llmswap.ModelNotFound)
+        self.core.configure(limits, specs, changed)
         for name, backend in self.world.backends.items():
             if name in changed or name not in specs:
                 self.departing.add(backend)
