@@ -4759,13 +4759,11 @@ class Pool:
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._specs = self._find_specs()
-        self._scheduler = Scheduler(limits, self._specs)
+        self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
-        self._adoption = None
         self._last_request_at = clock()
 
     def start(self):
@@ -4776,8 +4774,7 @@ class Pool:
         self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
-        self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_TIMEOUT)
+        start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
         models = self.config.models.values()
         wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
@@ -4799,18 +4796,14 @@ class Pool:
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            running -= {each.model.settings.unit for each in self._backends.values()}
             for name, model in self.config.models.items():
                 scheduled, unit = self._scheduler.models.get(name), model.settings.unit
-                is_down = scheduled is not None and not scheduled.is_held
-                if unit not in running or model.problem or not is_down:
-                    continue
-                if self._is_closed:
-                    return
-                self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name, self._scheduler.adopted(name, now))
-                backend.adopt()
-                running.discard(unit)
+                units = [each.model.settings.unit for each in self._backends.values()]
+                is_free = unit in running and unit not in units and not scheduled.is_held
+                if is_free and not (model.problem or self._is_closed):
+                    self._log("info", f"{name}: {unit} runs already")
+                    run = self._scheduler.adopted(name, now)
+                    self._new_backend(name, run).adopt()
 
     # -- requests --------------------------------------------------------------------
 
@@ -4869,32 +4862,24 @@ class Pool:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-
-        def is_over():
-            if self._is_closed:
-                raise ShuttingDown("llmswap is shutting down")
-            return disconnected()
-
-        _await_result(outcome, is_over)
+        problem = _await_result(outcome, disconnected)
+        if problem:
+            raise problem.with_traceback(None)  # other threads raise the same one
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
         try:
             check_start(model)
             self._estimate(model)
-        except LoadFailed as error:
-            problem = error.with_traceback(None)
-            self._log("error", f"{model.name} could not be started: {problem}")
-        except Exception as error:  # a bug, or no descriptor is left
+        except Exception as error:  # also a bug, or no descriptor is left
             problem = error
         with self._lock:
             del self._preparations[model.name]
-            if isinstance(problem, LoadFailed) and not scheduled.is_held:
-                scheduled.last_failure = problem
-        if problem:
-            outcome.set_exception(problem)
-        else:
-            outcome.set_result(None)
+            if isinstance(problem, LoadFailed):
+                self._log("error", f"{model.name} could not be started: {problem}")
+                if not scheduled.is_held:
+                    scheduled.last_failure = problem
+        outcome.set_result(problem)
 
     def resume_keep_loaded(self):
         """End the pause that lasts until the next request."""
@@ -4949,16 +4934,16 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            for name in self._entries.keys() - unchanged:
-                del self._entries[name]
+            entries = self._entries.items()
+            self._entries = {name: row for name, row in entries if name in unchanged}
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits, self._specs = limits_of(config, budget), self._find_specs()
-            self._scheduler.configure(limits, self._specs, changed)
+            limits = limits_of(config, budget)
+            self._scheduler.configure(limits, self._find_specs(), changed)
         self._contexts.configure(config)
-        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
@@ -4984,7 +4969,7 @@ class Pool:
         """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
             with self._lock:
-                self._refresh_specs()
+                self._update_needs()
                 self._schedule()
 
     def _find_specs(self):
@@ -5011,14 +4996,10 @@ class Pool:
             for name, model in self.config.models.items() if model.backends == (name,)
         }
 
-    def _refresh_specs(self):
-        """Use the needs known now. The lock is held."""
-        self._specs = self._find_specs()
-        self._update_needs()
-
     def _update_needs(self):
-        """Tell the Scheduler the needs of models that are measured or estimated."""
-        for name, spec in self._specs.items():
+        """Tell the Scheduler the needs that are measured or estimated, as known now.
+        The lock is held."""
+        for name, spec in self._find_specs().items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
@@ -5070,7 +5051,7 @@ class Pool:
         )
         was_squeezed = run.had_neighbours or is_too_large
         if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._refresh_specs()
+            self._update_needs()
 
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
@@ -5086,7 +5067,7 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._refresh_specs()
+            self._update_needs()
 
     # -- status ----------------------------------------------------------------------
 
@@ -5257,13 +5238,12 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
+        decisions = True
+        while decisions:  # a start that fails at once may cause others
             decisions, self._next_deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
                 if isinstance(decision, Start):
-                    has_failed |= not self._start(decision)
+                    self._start(decision)
                 elif isinstance(decision, Stop):
                     self._stop(decision)
                 elif isinstance(decision, Grant):
@@ -5291,20 +5271,17 @@ class Pool:
                 self._schedule()
 
     def _start(self, decision):
-        """Start or wake a backend; return whether it could be started."""
+        """Start or wake a backend."""
         name = decision.name
         self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         if decision.is_wake:
-            self._backends[name].wake()
-            return True
+            return self._backends[name].wake()
         try:
             self._new_backend(name, decision.run).start()
-            return True
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, decision.run, problem)
-            return False
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5404,8 +5381,7 @@ class Pool:
         self._needs.save()
         is_unit = backend.model.kind == "unit" and not self._is_closed
         if is_unit and problem is None and backend.died(0):
-            # somebody may have restarted it
-            self._adoption = start_thread(self._adopt_units, "units")
+            start_thread(self._adopt_units, "units")  # if somebody restarted it
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""
@@ -5473,8 +5449,6 @@ class Pool:
         with self._lock:
             while self._backends:
                 self._changed.wait()
-        if self._adoption:
-            self._adoption.join(2 * POLL_INTERVAL)
         self._guard.close()
 
     def kill(self):
@@ -5500,13 +5474,11 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=POLL_INTERVAL)
-        if not future.done() and disconnected():
+    while not (future.done() or concurrent.futures.wait([future], POLL_INTERVAL).done):
+        if disconnected():
             raise ClientDisconnected
-    problem = future.exception()
-    if problem is not None:
-        raise problem.with_traceback(None)  # other threads raise the same one
+    if future.exception():
+        raise future.exception().with_traceback(None)  # other threads raise the same
     return future.result()
 
 
