@@ -1802,9 +1802,10 @@ class ModelState:
         return max(MIN_RETURN_GAP, 2 * max(short))
 
     def unload_at(self) -> float:
-        """When its idle time ends; inf: it is in use, or never unloads."""
+        """When its idle time ends; inf: it loads, is in use, or never unloads."""
+        is_in_use = self.in_flight or self.waiting or self.preemptible
         is_exempt = self.spec.is_pinned or self.spec.keep_loaded
-        if self.in_flight or self.waiting or self.preemptible or is_exempt:
+        if is_in_use or is_exempt or self.state is State.LOADING:
             return math.inf
         if self.idle_timeout is not None:
             return self.idle_since + self.idle_timeout
@@ -1940,8 +1941,7 @@ class Scheduler:
                     # its next request is no quick return: a client that alternates
                     # between both models may have caused this load
                     victim.evicted_for = None
-                    if victim.pause_began is not None:
-                        victim.record_arrival(math.inf)
+                    victim.record_arrival(math.inf)
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
@@ -2354,9 +2354,8 @@ class Scheduler:
             is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
-            if not (is_wanted and is_missing):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            wanted = {model.name: model.usage_when_loaded()}
+            if is_wanted and is_missing and self._fits(wanted):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2382,19 +2381,18 @@ class Scheduler:
 
     def _stop_due(self, model):
         """Return why the model is to be stopped, and when; inf: not for now."""
-        is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
             return None, math.inf
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
-            by = -math.inf if is_loading else min(model.unload_by, once_drained)
-            return cause, by
+            return cause, min(model.unload_by, once_drained)
         if model.is_stopping_soon:
             return "reload", once_drained
         if model.drains_for:
+            is_loading = model.state is State.LOADING
             return "abandoned" if is_loading else "evicted", once_drained
-        return "idle", math.inf if is_loading else model.unload_at()
+        return "idle", model.unload_at()
 
 
 # ==================================================================================
@@ -4750,9 +4748,9 @@ class Pool:
         self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
-        self._timer = threading.Condition(self._lock)  # the next deadline came nearer
+        self._timer = threading.Condition(self._lock)  # its moment came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
-        self._next_deadline = self._timer_at = math.inf
+        self._timer_at = math.inf  # when the timer decides again
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
@@ -4968,9 +4966,8 @@ class Pool:
     def _estimate(self, model):
         """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
-            with self._lock:
+            with self._event():
                 self._update_needs()
-                self._schedule()
 
     def _find_specs(self):
         """Return the specs of all models, with the needs known now."""
@@ -5005,12 +5002,11 @@ class Pool:
 
     def _measure_loop(self):
         """Measure whenever a model has been loaded, and then once a minute."""
+        interval = None
         while not self._is_closed:
-            with self._lock:
-                backends = self._measured_backends()
-            self._has_loaded.wait(MEASURE_INTERVAL if backends else None)
+            self._has_loaded.wait(interval)
             self._has_loaded.clear()
-            self._measure()
+            interval = MEASURE_INTERVAL if self._measure() else None
 
     def _measured_backends(self):
         """Return the loaded backends whose needs are measured. The lock is held."""
@@ -5019,12 +5015,14 @@ class Pool:
         return [backend for backend in loaded if backend.model.has_auto_needs]
 
     def _measure(self):
-        """Measure the memory of these backends and learn their needs."""
+        """Measure the memory of backends and learn their needs; False if there is none."""
         with self._lock:
             backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
+        if not backends:
+            return False
         is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
-        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
+        on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
@@ -5032,16 +5030,16 @@ class Pool:
                 left = machine_budget().get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
-        with self._lock:
+        with self._event():
             if is_alone and len(self._scheduler.held) > 1:
-                return
+                return True
             for backend in self._measured_backends():
                 peak = self._runs[backend].peak
                 for name, amount in taken.get(backend, {}).items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
-            self._schedule()
         self._needs.save()
+        return True
 
     def _learn(self, backend, is_over):
         model, run = backend.model, self._runs[backend]
@@ -5240,7 +5238,7 @@ class Pool:
         """Decide and carry the decisions out. The lock is held."""
         decisions = True
         while decisions:  # a start that fails at once may cause others
-            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+            decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
                 if isinstance(decision, Start):
                     self._start(decision)
@@ -5252,8 +5250,8 @@ class Pool:
                 else:
                     self._refuse(*decision)
         self._revise()
-        if self._next_deadline < self._timer_at:
-            self._timer_at = self._next_deadline
+        if deadline < self._timer_at:
+            self._timer_at = deadline
             self._timer.notify()
 
     def _refuse(self, ticket, problem):
@@ -5265,9 +5263,9 @@ class Pool:
         """Decide again at each deadline."""
         with self._lock:
             while not self._is_closed:
-                self._timer_at = self._next_deadline
                 seconds = max(0.0, self._timer_at - self._clock())
                 self._timer.wait(min(seconds, MAX_DURATION))
+                self._timer_at = math.inf
                 self._schedule()
 
     def _start(self, decision):
@@ -5493,7 +5491,7 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
     """Return the Limits of a configuration, with this budget."""
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
-    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
+    written = {name: getattr(config.settings, name) for name in Limits._fields}
     return Limits(**{**written, "budget": {**budget, **addresses}})
 
 
