@@ -5346,7 +5346,6 @@ class Pool:
                 self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
-            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
         self._log("info", f"{name}: {took} ({backend.location})")
@@ -5432,21 +5431,18 @@ class Pool:
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends in parallel and wait for their end."""
         problem = ShuttingDown("llmswap is shutting down")
-        with self._event() as now:
+        with self._event():
             self._scheduler.close(problem)
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
-            deadline = now + grace
-        with self._event():
-            while self._scheduler.in_flight and self._clock() < deadline:
-                self._changed.wait(deadline - self._clock())
+        with self._event() as now:
+            self._changed.wait_for(lambda: not self._scheduler.in_flight, grace)
             self._scheduler.unload_all(now, problem)
             for backend in self._backends.values():
                 backend.stop()  # also if it is in use, or falling asleep
         with self._lock:
-            while self._backends:
-                self._changed.wait()
+            self._changed.wait_for(lambda: not self._backends)
         self._guard.close()
 
     def kill(self):
