@@ -1748,6 +1748,12 @@ class ModelState:
         is_reloaded = self.replacement is not None or self.removal_error is not None
         return is_reloaded or self.unload_by is not None
 
+    def serves(self, ticket: Ticket) -> bool:
+        """Whether it is loaded, or loads, and does not go before it serves the ticket."""
+        is_up = self.state in (State.LOADING, State.LOADED)
+        is_younger = self.drains_for and self.drains_for.number < ticket.number
+        return is_up and not (is_younger or self.is_stopping_soon)
+
     def usage(self) -> ModelUsage:
         """What it takes of the limits now."""
         if self.is_asleep:
@@ -2002,11 +2008,7 @@ class Scheduler:
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
-        is_wanted = any(
-            ticket.model is model and not ticket.load_refusal
-            for ticket in self._queue.values()
-        )
-        if not (is_first and model.needs_room and is_wanted):
+        if not (is_first and model.needs_room and model.waiting):
             return None
         candidates = (each for each in self.held.values()
                       if each is not model and self._is_evictable(each))
@@ -2018,9 +2020,7 @@ class Scheduler:
         Needs of a running model grow only as far as the budget has room beside all
         others. Call it again when one of those has exited.
         """
-        model = self.models.get(name)
-        if model is None:
-            return
+        model = self.models[name]
         if model.replacement is not None:
             model.replacement = model.replacement._replace(needs=needs)
             return
@@ -2184,10 +2184,8 @@ class Scheduler:
 
     def _may_grant(self, ticket):
         model, limit = ticket.model, ticket.model.spec.concurrency
-        if model.state is not State.LOADED or model.is_stopping_soon:
-            return False
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or model.spec.problem or is_younger:
+        is_ready = model.state is State.LOADED and model.serves(ticket)
+        if not is_ready or self._closing_error or model.spec.problem:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
@@ -2203,11 +2201,8 @@ class Scheduler:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        is_up = model.state in (State.LOADING, State.LOADED)
-        if not is_up or model.is_stopping_soon or is_younger:
-            if ticket.load_refusal:
-                return ticket.load_refusal
+        if ticket.load_refusal and not model.serves(ticket):
+            return ticket.load_refusal
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"

@@ -1606,14 +1606,6 @@ A ticket that may not load is refused once its model is to go
     9    end 2           -> evicted a for b
     9    ask a no-load       -> refuse 5: invalid_request
 
-A ticket that may not load is no reason to retry a load without memory
-    a b | models_max=2
-    0    serve a 1
-    2    ask b           -> start b
-    2    ask b no-load
-    2    end 2
-    3    exited b starved       -> refuse 3: model_start_failed
-
 A changed model drains and is replaced, and its tickets wait
     a
     0    busy a
