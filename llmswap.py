@@ -1667,7 +1667,9 @@ class Ticket:
     it once its model would have to be loaded.
     """
 
-    def __init__(self, number, model, arrived, preemptible, manual, load_refusal):
+    def __init__(
+        self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
+    ):
         self.number = number
         self.model = model
         self.arrived = arrived
@@ -1749,7 +1751,7 @@ class ModelState:
         return is_reloaded or self.unload_by is not None
 
     def serves(self, ticket: Ticket) -> bool:
-        """Whether it is loaded, or loads, and does not go before it serves the ticket."""
+        """Whether it is loaded or loads, and serves the ticket before it goes."""
         is_up = self.state in (State.LOADING, State.LOADED)
         is_younger = self.drains_for and self.drains_for.number < ticket.number
         return is_up and not (is_younger or self.is_stopping_soon)
@@ -1878,19 +1880,17 @@ class Scheduler:
 
     # -- events: requests ------------------------------------------------------------
 
-    def submit(
-        self, name: str, now: float, preemptible=False, manual=False, load_refusal=None
-    ) -> Ticket:
-        """Queue a request for the model; the next `decide` may grant or refuse it."""
+    def submit(self, name: str, now: float, **kind) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it. For
+        its `kind` see Ticket."""
         model = self.models[name]
         model.is_released = self.is_keep_loaded_paused = False
-        number = next(self._numbers)
-        ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
-        if manual:
+        ticket = Ticket(next(self._numbers), model, now, **kind)
+        if ticket.manual:
             model.reset_failures()
         else:
             model.record_arrival(now)
-        self._queue[number] = ticket
+        self._queue[ticket.number] = ticket
         model.waiting += 1
         return ticket
 
@@ -1984,8 +1984,7 @@ class Scheduler:
         A load that ran out of memory beside other models is retried once, after the
         least recently used of them has stopped: then its name is returned.
         """
-        model = self._current(name, run)
-        victim = None
+        model, victim = self._current(name, run), None
         if model is None:
             return None
         if model.stop_cause:
@@ -2257,7 +2256,7 @@ class Scheduler:
             self._start(model, now, ticket)
         elif is_full or self._awaits_retry(ticket):
             return
-        elif not self._fits(wanted, self._stopping.keys()):
+        elif not self._fits(wanted, self._stopping):
             self._evict(ticket, wanted, now)
         elif self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
@@ -2285,8 +2284,7 @@ class Scheduler:
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        if ticket:
-            self._spare_victims(ticket)
+        self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2309,9 +2307,9 @@ class Scheduler:
         if victims is None:
             return  # a pinned or reserved model is in the way
         moment = max(self._evictable_at(ticket, victim, now) for victim in victims)
-        gone_by_then = (m for m, at in self._stopping.items() if at <= moment)
+        stopped_by_then = (m for m, at in self._stopping.items() if at <= moment)
         demand = {ticket.model.name: wanted[ticket.model.name]}
-        if not self._fits(demand, victims.union(gone_by_then)):
+        if not self._fits(demand, victims.union(stopped_by_then)):
             moment = max([moment, *self._stopping.values()])
         self._stopping.update(dict.fromkeys(victims, moment))
         if moment > now:
@@ -4790,9 +4788,9 @@ class Pool:
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
             for name, model in self.config.models.items():
-                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
-                units = [each.model.settings.unit for each in self._backends.values()]
-                is_free = unit in running and unit not in units and not scheduled.is_held
+                unit = model.settings.unit
+                owned = {each.model.settings.unit for each in self._backends.values()}
+                is_free = unit in running - owned and name not in self._backends
                 if is_free and not (model.problem or self._is_closed):
                     self._log("info", f"{name}: {unit} runs already")
                     run = self._scheduler.adopted(name, now)
@@ -5003,17 +5001,13 @@ class Pool:
             self._has_loaded.clear()
             interval = MEASURE_INTERVAL if self._measure() else None
 
-    def _measured_backends(self):
-        """Return the loaded backends whose needs are measured. The lock is held."""
-        held = self._scheduler.held.values()
-        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
-        return [backend for backend in loaded if backend.model.has_auto_needs]
-
     def _measure(self):
-        """Measure the memory of backends and learn their needs; False if there is none."""
+        """Measure the memory of the loaded backends with `auto` needs, and learn these;
+        False if there are none."""
         with self._lock:
-            backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
+            loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        backends = [backend for backend in loaded if backend.model.has_auto_needs]
         if not backends:
             return False
         is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
@@ -5028,9 +5022,9 @@ class Pool:
         with self._event():
             if is_alone and len(self._scheduler.held) > 1:
                 return True
-            for backend in self._measured_backends():
+            for backend in taken.keys() & self._runs.keys():
                 peak = self._runs[backend].peak
-                for name, amount in taken.get(backend, {}).items():
+                for name, amount in taken[backend].items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
         self._needs.save()
@@ -5101,8 +5095,7 @@ class Pool:
 
     def _status(self, model):
         now, scheduled = self._clock(), self._scheduler.choose(model.backends)
-        name, state = scheduled.name, scheduled.state
-        changed_at = scheduled.changed_at
+        name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5231,23 +5224,21 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
+        methods = {
+            Grant: self._grant, Refuse: self._refuse, Start: self._start, Stop: self._stop
+        }
         decisions = True
         while decisions:  # a start that fails at once may cause others
             decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                if isinstance(decision, Start):
-                    self._start(decision)
-                elif isinstance(decision, Stop):
-                    self._stop(decision)
-                elif isinstance(decision, Grant):
-                    ticket = decision.ticket
-                    ticket.waiter.set_result(self._backends[ticket.model.name])
-                else:
-                    self._refuse(*decision)
+                methods[type(decision)](*decision)
         self._revise()
         if deadline < self._timer_at:
             self._timer_at = deadline
             self._timer.notify()
+
+    def _grant(self, ticket):
+        ticket.waiter.set_result(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
         ticket.waiter.set_exception(problem)
@@ -5263,18 +5254,16 @@ class Pool:
                 self._timer_at = math.inf
                 self._schedule()
 
-    def _start(self, decision):
-        """Start or wake a backend."""
-        name = decision.name
-        self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
+    def _start(self, name, run, is_wake):
+        self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        if decision.is_wake:
+        if is_wake:
             return self._backends[name].wake()
         try:
-            self._new_backend(name, decision.run).start()
+            self._new_backend(name, run).start()
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
-            self._record_exit(name, decision.run, problem)
+            self._record_exit(name, run, problem)
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5294,16 +5283,15 @@ class Pool:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
-    def _stop(self, decision):
-        name, cause = decision.name, decision.cause
+    def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
-        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
+        self._stop_reasons[name] = STOP_REASONS[cause].format(newcomer)
         reason = "by hand" if cause == "unload" else cause
-        if decision.newcomer:
-            reason += f" for {decision.newcomer}"
-        action = "going to sleep" if decision.to_sleep else "unloading"
+        if newcomer:
+            reason += f" for {newcomer}"
+        action = "going to sleep" if to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        if decision.to_sleep:
+        if to_sleep:
             self._backends[name].sleep()
         else:
             self._backends[name].stop()
@@ -5325,8 +5313,8 @@ class Pool:
         run = self._runs[backend]
         if seconds >= run.next_load_line:
             run.next_load_line = seconds + LOAD_LINE_EVERY
-            share, why = percent(backend.progress), backend.refusal
-            why = f" ({why})" if why else ""
+            why = f" ({backend.refusal})" if backend.refusal else ""
+            share = percent(backend.progress)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s{why}")
 
     def on_loaded(self, backend):
