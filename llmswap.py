@@ -5027,6 +5027,7 @@ class Pool:
                 for name, amount in taken[backend].items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
+            self._update_needs()
         self._needs.save()
         return True
 
@@ -5037,8 +5038,7 @@ class Pool:
             amount > self.budget[name] for name, amount in amounts.items()
         )
         was_squeezed = run.had_neighbours or is_too_large
-        if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._update_needs()
+        self._needs.learn(model, run.peak, was_squeezed, is_over)
 
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
@@ -5054,7 +5054,6 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._update_needs()
 
     # -- status ----------------------------------------------------------------------
 
