@@ -1702,7 +1702,7 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # after a crash, so that it is not at once
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
         self.is_released = False  # unloaded by hand: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
@@ -1868,6 +1868,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
@@ -1875,7 +1876,6 @@ class Scheduler:
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
-        self.is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
@@ -1987,7 +1987,7 @@ class Scheduler:
         model, victim = self._current(name, run), None
         if model is None:
             return None
-        if model.stop_cause:
+        if model.stop_cause:  # it was told to stop
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
@@ -5469,7 +5469,7 @@ def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
     """Return the Limits of a configuration, with this budget."""
     models = config.models.values()
     addresses = {url: 1 for model in models for url in address_of(model)}
-    written = {name: getattr(config.settings, name) for name in Limits._fields}
+    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
     return Limits(**{**written, "budget": {**budget, **addresses}})
 
 
