@@ -1710,7 +1710,6 @@ class ModelState:
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
-        self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1747,8 +1746,7 @@ class ModelState:
     @property
     def is_stopping_soon(self) -> bool:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
-        is_reloaded = self.replacement is not None or self.removal_error is not None
-        return is_reloaded or self.unload_by is not None
+        return self.replacement is not None or self.unload_by is not None
 
     def serves(self, ticket: Ticket) -> bool:
         """Whether it is loaded or loads, and serves the ticket before it goes."""
@@ -1857,10 +1855,6 @@ def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
     return chosen
 
 
-def _removed(name):
-    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
-
-
 class Scheduler:
     """Decides which models run and which tickets are served. See the banner above."""
 
@@ -1910,15 +1904,13 @@ class Scheduler:
 
     def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
-        loaded. Raise ModelNotFound if a reload has removed all of them."""
-        models = [self.models[name] for name in names if name in self.models]
+        loaded."""
+        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
             for model in models:
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
                     return model
-        if not models:
-            raise _removed(names[0])
         return models[0]
 
     def keep_alive(self, name: str, seconds: float):
@@ -2034,10 +2026,8 @@ class Scheduler:
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
-        model = self.models.get(name)
-        if model is None or model.run != run or not model.is_held:
-            return None
-        return model
+        model = self.models[name]
+        return model if model.run == run and model.is_held else None
 
     def _end_run(self, model):
         """Reset the state of the run; a reload that waited for it takes effect."""
@@ -2046,9 +2036,7 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
-        if model.removal_error is not None:
-            del self.models[model.name]
-        elif model.replacement is not None:
+        if model.replacement is not None:
             model.spec, model.replacement = model.replacement, None
             model.reset_failures()
 
@@ -2086,19 +2074,17 @@ class Scheduler:
         """Take over a new configuration.
 
         Backends in `changed` drain and are replaced. Those not in `specs` drain and
-        stop, and their tickets are refused. No lease is cut.
+        stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        for name, model in list(self.models.items()):
-            if name not in specs:
-                model.removal_error, model.replacement = _removed(name), None
-                if not model.is_held:
-                    del self.models[name]
+        for name in self.models.keys() - specs.keys():
+            problem = ModelNotFound(f"{name!r} is no longer in the configuration")
+            specs = {**specs, name: ModelSpec(problem=problem)}
+            changed = [*changed, name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
-            is_replaced = model.replacement or model.removal_error
-            if model.is_held and (name in changed or is_replaced):
-                model.replacement, model.removal_error = spec, None
+            if model.is_held and (name in changed or model.replacement):
+                model.replacement = spec
             else:
                 model.spec = spec
                 if name in changed:
@@ -2191,7 +2177,7 @@ class Scheduler:
     def _refusal_of(self, ticket, waiting, now):
         """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
-        problem = self._closing_error or model.removal_error or model.spec.problem
+        problem = self._closing_error or (model.replacement or model.spec).problem
         if problem:
             return problem
         if limits.queue_timeout:
@@ -2208,8 +2194,8 @@ class Scheduler:
             return LoadBackoff(text, retry_after=seconds)
         pins = [pin for pin in self._pinned if pin is not model]
         needed = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
-        needs_room = pins and model.is_down and model.needs_room
-        if needs_room and not self.limits.allow(needed):
+        is_hindered = pins and model.is_down and model.needs_room
+        if is_hindered and not self.limits.allow(needed):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unloading by hand makes room")
@@ -4894,8 +4880,7 @@ class Pool:
         return True
 
     def unload(self, model: Model) -> bool:
-        """Begin to unload the model: False if there is nothing to unload. Raise
-        ModelNotFound if a reload has removed it."""
+        """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
             name = self._scheduler.choose(model.backends).name
@@ -5059,8 +5044,7 @@ class Pool:
 
     def backend_of(self, model: Model, *states: State):
         """Return the backend of the model, which may exit at any time, or None; also
-        None if it is in none of the given states, or about to stop. Raise ModelNotFound
-        if a reload has removed the model."""
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
             scheduled = self._scheduler.choose(model.backends)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
@@ -5068,8 +5052,7 @@ class Pool:
             return self._backends.get(scheduled.name)
 
     def status(self, model: Model) -> ModelStatus:
-        """Return the status of the model. Raise ModelNotFound if a reload has removed
-        it."""
+        """Return the status of the model."""
         with self._lock:
             return self._status(model)
 
@@ -5138,7 +5121,7 @@ class Pool:
         """Return how many models there are and are held, and requests run and wait."""
         with self._lock:
             return {
-                "models": len(self._scheduler.models),
+                "models": len(self.config.models),
                 "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
@@ -5199,8 +5182,7 @@ class Pool:
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
             if model and speed is not None:
-                with contextlib.suppress(ModelNotFound):
-                    self._speeds[self._scheduler.choose(model.backends).name] = speed
+                self._speeds[self._scheduler.choose(model.backends).name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5224,7 +5206,10 @@ class Pool:
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
         methods = {
-            Grant: self._grant, Refuse: self._refuse, Start: self._start, Stop: self._stop
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
         }
         decisions = True
         while decisions:  # a start that fails at once may cause others

@@ -1755,7 +1755,7 @@ A keep_loaded model is evicted, and loaded again once it fits
     4    exited c        -> start a
     4    soonest a of a b c
     5    loaded b        -> grant 1
-    5    soonest b of x b a
+    5    soonest b of b a
     6    unload b
     6    soonest a of c b a
 
@@ -1958,7 +1958,7 @@ A removed model drains and stops, and its tickets are refused
     2    ask a           -> refuse 3: model_not_found
     3    end 1           -> reload a
     4    exited a
-    4    soonest b of a b
+    4    ask a           -> refuse 4: model_not_found
 
 A model removed and added again before it exited is replaced
     a

@@ -238,7 +238,7 @@ class Explored(Walk):
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
             model.stop_cause, model.ready_at > -math.inf, model.is_asleep,
-            repr(model.replacement), model.removal_error is not None,
+            repr(model.replacement),
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
             repr(self.holds[model.name]),

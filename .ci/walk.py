@@ -414,8 +414,9 @@ class Walk:
         self.newest[name] = run
 
     def _unload(self):
-        if self.core.models:
-            self._unload_one(self.rng.choice(sorted(self.core.models)))
+        names = sorted({*self.specs, *self.world.backends})
+        if names:
+            self._unload_one(self.rng.choice(names))
 
     def _unload_one(self, name):
         self._note(f"unload {name}")
