@@ -2066,10 +2066,7 @@ class Scheduler:
         return model.is_held
 
     def configure(
-        self,
-        limits: Limits,
-        specs: Mapping[str, ModelSpec],
-        changed: Sequence[str],
+        self, limits: Limits, specs: Mapping[str, ModelSpec], changed: Sequence[str]
     ):
         """Take over a new configuration.
 
