@@ -221,8 +221,9 @@ SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
+PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+HOST = r"(?:\[([\w:.%]+)\]|([^\s\[\]:/?#*]+))"
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -237,9 +238,9 @@ def pattern(expected, regex, convert=lambda match: match[0]):
     return parse
 
 
-def or_none(word, parse):
-    """Return a parser that reads this word as None, and other texts with `parse`."""
-    return lambda text: None if text == word else parse(text)
+def either(word, value, parse):
+    """Return a parser that reads this word as `value`, and other texts with `parse`."""
+    return lambda text: value if text == word else parse(text)
 
 
 def one_of(*words):
@@ -262,33 +263,26 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
-)
-parse_pin = pattern(
-    "on, off or loaded",
-    f"loaded|{BOOLEAN}",
-    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
+    "on or off",
+    f"(?i){'|'.join(TRUE_WORDS)}|off|false|0|disabled|no",
+    lambda match: match[0].lower() in TRUE_WORDS,
 )
 parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
 )
-
-
-def parse_url(text) -> str:
-    """Return the URL of a server: with a host, a valid port or none, and no query."""
-    is_usable = False
-    with contextlib.suppress(ValueError):  # of the port, or of a bracket
-        parts = urllib.parse.urlsplit(text)
-        is_usable = parts.hostname and parts.port != 0
-    if not is_usable or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
-    return text
-
-
-parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_mac = or_none("", pattern(
+parse_url = pattern(
+    "a URL such as http://127.0.0.1:8000",
+    rf"https?://{HOST}(?::(?!0)(?:{PORT}))?(?:/[^\s?#]*)?",
+)
+parse_host_port = pattern(
+    "an address such as 127.0.0.1:8080 or [::1]:8080",
+    f"{HOST}:({PORT})",
+    lambda match: (match[1] or match[2], int(match[3])),
+)
+parse_endpoint = either("none", None, pattern("a path such as /health", r"/\S*"))
+parse_mac = either("", None, pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
     lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
@@ -312,71 +306,55 @@ def parse_words(text) -> tuple:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-parse_host = pattern("a host name without a port", r"\*|[^\s/:*]+|\[[0-9a-f:.]+\]")
-parse_origin = pattern(
+def each(parse, container=tuple):
+    """Return a parser of the parts between commas, in lower case as clients and
+    browsers send names."""
+    return lambda text: container(map(parse, parse_words(text.lower())))
+
+
+parse_hosts = each(pattern("a host name without a port", rf"\*|{HOST}"))
+parse_origins = each(pattern(
     "localhost, * or an origin such as https://chat.example",
     r"(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
     lambda match: match[1],
-)
+))
+
+CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
+parse_capabilities = each(pattern(  # True by name; of `context`, the tokens
+    f"one of {', '.join(CAPABILITIES)} or context 32768",
+    rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
+    lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
+), dict)
 
 
-def parse_hosts(text) -> tuple:
-    """Return the host names between commas, in lower case as clients send them."""
-    return tuple(map(parse_host, parse_words(text.lower())))
-
-
-def parse_origins(text) -> tuple:
-    """Return the web origins between commas, in lower case as browsers send them."""
-    return tuple(map(parse_origin, parse_words(text.lower())))
-
-
-def parse_resources(text, parse_amount=parse_size) -> dict:
-    """Return amounts by resource: "vram 18G, ram 4G"."""
+def parse_resources(text, automatic=()) -> dict:
+    """Return amounts by resource, "vram 18G, ram 4G"; those that may be automatic are
+    None for "vram auto"."""
     amounts = {}
     for part in parse_words(text):
-        match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
-        if not match or match[1] in amounts:
-            raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
-        amounts[match[1]] = parse_amount(match[2])
+        name, _, size = part.partition(" ")
+        if name in amounts:
+            raise ValueError(f"{name!r} is given twice")
+        is_auto = size == "auto" and name in automatic
+        amounts[name] = None if is_auto else parse_size(size.strip())
     return amounts
 
 
 def parse_budget(text) -> dict:
-    """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
+    """Return amounts by resource, None for auto: "vram auto, ram 64G", "auto"."""
     text = "vram auto, ram auto" if text == "auto" else text
-    amounts = parse_resources(text, or_none("auto", parse_size))
-    for name in amounts.keys() - {"vram", "ram"}:
-        if amounts[name] is None:
-            raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
-    return amounts
+    return parse_resources(text, ("vram", "ram"))
 
 
 def parse_sets(text) -> tuple:
     """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
-    sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
-    if not all(name for names in sets for name in names):
-        raise ValueError(f"{text!r} are not sets such as a + b, a + c")
-    return tuple(sets)
-
-
-CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
-parse_capability = pattern(
-    f"one of {', '.join(CAPABILITIES)} or context 32768",
-    rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
-    lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
-)
-
-
-def parse_capabilities(text) -> dict:
-    """Return what a model can do: True by name; for `context` the number of tokens."""
-    return dict(map(parse_capability, parse_words(text)))
+    return tuple(tuple(map(str.strip, part.split("+"))) for part in parse_words(text))
 
 
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
     try:
         value = json.loads(text or "{}")
-        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -394,7 +372,11 @@ def parse_state_dir(text) -> str:
 parse_request = pattern(
     "a request such as POST /sleep?level=1",
     r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
-    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+    lambda match: (
+        match[1] or "POST",
+        match[2],
+        json.dumps(parse_object(match[3])) if match[3] else "",
+    ),
 )
 
 
@@ -402,30 +384,16 @@ def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
     parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
-    requests = tuple(map(parse_request, parts))
-    for _, _, body in requests:
-        parse_object(body)
-    return requests
-
-
-def parse_host_port(text) -> tuple:
-    """Return host and port: 127.0.0.1:8080, [::1]:8080."""
-    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not an address such as 127.0.0.1:8080")
-    return match[1] or match[2], int(match[3])
+    return tuple(map(parse_request, parts))
 
 
 def parse_listen(text) -> tuple:
     """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
-    addresses = tuple(
+    return tuple(
         os.path.expanduser(part[len("unix:") :])
         if re.match("unix:.", part) else parse_host_port(part)
-        for part in parse_words(text)
+        for part in parse_words(text) or [""]
     )
-    if not addresses:
-        raise ValueError("an address such as 127.0.0.1:8080 is missing")
-    return addresses
 
 
 # ---- Keys: one row is parser, default, help and example.ini ------------------------
@@ -469,7 +437,7 @@ PROXY_KEYS = (
         "size of all saved contexts; beyond it the oldest are deleted"),
     Key("default-model", str, "",
         "for requests that name no model; empty: the only model there is"),
-    Key("patience", or_none("auto", parse_duration), "auto",
+    Key("patience", either("auto", None, parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512",
@@ -528,12 +496,12 @@ MODEL_KEYS = (
     Key("keep-loaded", parse_boolean, "off",
         "load when llmswap starts, and again whenever it fits and nobody waits; "
         "requests for others may evict it; `idle-timeout` does not count"),
-    Key("pin", parse_pin, "off",
+    Key("pin", either("loaded", "loaded", parse_boolean), "off",
         "`on`: neither evicted nor unloaded when idle; `loaded`: not evicted while it "
         "is loaded, and requests for what does not fit beside it are refused"),
     Key("keep-context", parse_boolean, "off",
         "save llama-server's processed prompts at its stop, restore them at its start"),
-    Key("needs", or_none("auto", parse_resources), "",
+    Key("needs", either("auto", None, parse_resources), "",
         "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0", "requests at once, others wait; 0: no limit"),
