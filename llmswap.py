@@ -677,7 +677,6 @@ def parse_setting(section, key, text, place, warn) -> Setting:
 # ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
-MACRO_DEPTH = 10  # how deep macros may use macros
 
 
 def expand(text, variables) -> str:
@@ -688,8 +687,6 @@ def expand(text, variables) -> str:
         if match[1] is None:
             return "${"
         if match[1] not in variables:
-            if match[1].startswith("env."):
-                raise ValueError(f"{match[1][len('env.') :]} is not in the environment")
             raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
         return str(variables[match[1]])
 
@@ -708,7 +705,7 @@ def read_setting(key, setting, macros, variables, warn):
     `warn` is called for words of a command that only a shell understands.
     """
     text = setting.text
-    for _ in range(MACRO_DEPTH):
+    for _ in range(10):  # so deep may macros use macros
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
     late = LATE_VARIABLES.get(key.name, {})
     try:
@@ -839,14 +836,11 @@ class OptionTable:
             option = self.find(key)
             if option is None:
                 continue
-            other = first.setdefault(option.names[0], place)
-            if other != place:
-                written = other.rpartition(" ")[2]
-                yield f"{place}: the same option as {written}; this one counts"
+            other = first.setdefault(option.names[0], key)
+            if other != key:
+                yield f"{place}: the same option as {other}; this one counts"
             if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                is_proxy_key = key_name(key, PROXY_KEY)
-                why = "belongs in [llmswap]" if is_proxy_key else "not of a model"
-                yield f"{place}: {why}; it is ignored"
+                yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -862,8 +856,7 @@ def unknown_key(key, reason, options=()) -> str:
     """Return why the key is wrong: `reason` and the nearest key or option."""
     if key_name(key, PROXY_KEY):
         return "belongs in [llmswap]"
-    near = suggestion(key, [*MODEL_KEY, *options])
-    return reason + (near.replace("-", "_") if "LLAMA-ARG" in near else near)
+    return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
@@ -880,8 +873,9 @@ def parse_help(text) -> Optional[OptionTable]:
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        variable = environment and environment[1]
-        options.append(Option(positives, negatives, variable, values))
+        options.append(
+            Option(positives, negatives, environment and environment[1], values)
+        )
     table = OptionTable(options)
     model, version = table.by_key.get("model"), table.by_key.get("version")
     is_sane = model and model.values and version and not version.values
@@ -995,8 +989,7 @@ class Model(NamedTuple):
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
-        return with_environment(words)
+        return with_environment(self._words(self.settings.cmd_stop, PORT=port, PID=pid))
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -1015,16 +1008,14 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return the model's name for files, or a hash if it cannot be one."""
+    """Return the model's name as it can be a file's: quoted as in a URL."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
-    if quoted.startswith(".") or len(quoted) > 100:
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-    return quoted
+    return re.sub("^[.]", "%2E", quoted)
 
 
-def has_source(keys) -> bool:
-    """Return whether one of llama-server's keys says where the model's file is."""
-    return any(SOURCE_KEY.fullmatch(key.replace("_", "-")) for key in keys)
+def has_source(settings) -> bool:
+    """Return whether one of these options says where the model's file is."""
+    return any(SOURCE_KEY.fullmatch(setting.key) for setting in settings)
 
 
 def split_settings(section):
@@ -1053,7 +1044,7 @@ class ModelBuilder:
         self._own, options = split_settings(section)
         proxy = self._own.get("proxy")
         has_fixed_url = proxy and not needs_port(proxy.text)
-        is_remote = has_fixed_url and not has_source(each.key for each in options)
+        is_remote = has_fixed_url and not has_source(options)
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1111,23 +1102,19 @@ class ModelBuilder:
     def _mistakes(self, settings):
         """Yield what is wrong for this kind: the setting to blame, or None, and why."""
         kind, own = self._kind, self._own
-        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
         for setting in self._layers[-1] if kind != "llama-server" else ():
             reason = f"options of llama-server cannot stand beside {kind}"
             yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
-            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
-            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, f"cannot stand beside {kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+            if kind == "uses" and name not in REQUEST_KEYS:
+                yield setting, "cannot stand beside uses"
+            elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
         proxy, has_port = own.get("proxy"), needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
-        keys = {setting.key for layer in self._layers for setting in layer}
-        words = settings.extra_args.split()
-        keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
-        if kind == "llama-server" and not has_source(keys):
+        if kind == "llama-server" and not any(map(has_source, self._layers)):
             yield None, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
             yield proxy, "the proxy of a llama-server needs ${PORT}"
@@ -1159,13 +1146,11 @@ def find_models(directory, place) -> dict:
     llama-server does. Raise OSError."""
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        paths, options = [entry.path], {}
-        if entry.is_dir():
-            with contextlib.suppress(PermissionError):  # lost+found, for one
-                paths = [os.path.join(entry.path, n) for n in os.listdir(entry.path)]
-        # llama-server wants the first file of a split model
-        firsts = [each for each in paths if "-00001-of-" in os.path.basename(each)]
-        for path in [*sorted(firsts), *sorted(paths)]:
+        # of a split model, llama-server wants the first file
+        _, _, names = next(os.walk(entry.path), ("", (), ()))  # nothing for a file
+        names = sorted(names, key=lambda name: ("-00001-of-" not in name, name))
+        options = {}
+        for path in [os.path.join(entry.path, n) for n in names] or [entry.path]:
             match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
@@ -1225,10 +1210,10 @@ class Config(NamedTuple):
             return self.models[model_id]
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
-        near = suggestion(name, names)
+        near = suggestion(name, names) or ";"
         shown = ", ".join(listed[:8]) or "none"
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        text = f"there is no model {name!r}{near or ';'} there are {shown}{more}"
+        more = ", ..." if len(listed) > 8 else ""
+        text = f"there is no model {name!r}{near} there are {shown}{more}"
         raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
@@ -1240,11 +1225,10 @@ class Config(NamedTuple):
     def pitfalls(self, table_of: Callable) -> List[str]:
         """Return warnings of options that mean something else to llama.cpp;
         table_of(model) is the OptionTable of a llama-server model."""
-        warnings = {}  # used as a set that keeps its order
-        for model in self.models.values():
-            for layer in model.options:
-                warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
-        return list(warnings)
+        return list(dict.fromkeys(
+            warning for model in self.models.values() for layer in model.options
+            for warning in table_of(model).pitfalls(layer)
+        ))
 
 
 WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
@@ -1282,9 +1266,6 @@ class ConfigLoader:
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
-        for name, setting in macros.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
@@ -1319,9 +1300,8 @@ class ConfigLoader:
 
     def _read_settings(self, overrides):
         star, written = self._sections["*"].settings, self._written
-        for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
-            if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                written["models-max"] = star.pop(key)  # often written there
+        if "models-max" in star and star["models-max"].text.isdigit():
+            written["models-max"] = star.pop("models-max")  # often written there
         if "llama-server" in star:
             written["llama-server"] = star["llama-server"]
         for spelling, setting in self._sections["llmswap"].settings.items():
