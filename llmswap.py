@@ -758,22 +758,19 @@ PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
-    """One option: its spellings in the order of --help, and how many values follow."""
+    """One option: its spellings in the order of --help, how many values follow, and
+    the variables of the environment that set it."""
 
     names: tuple
     negatives: tuple = ()
-    environment: Optional[str] = None
     values: int = 1
+    variables: Sequence[str] = ()
 
+    @property
     def keys(self):
-        """Yield every INI key of the option."""
-        if self.environment:
-            variable = self.environment.replace("_", "-")
-            yield variable
-            if self.negatives:
-                yield variable.replace("LLAMA-ARG-", "LLAMA-ARG-NO-", 1)
-        for name in self.names + self.negatives:
-            yield name.lstrip("-")
+        """The INI keys of the option."""
+        names = [*self.names, *self.negatives, *self.variables]
+        return [name.lstrip("-").replace("_", "-") for name in names]
 
     @property
     def name(self):
@@ -799,7 +796,7 @@ class OptionTable:
 
     def __init__(self, options=()):
         # as in llama.cpp, a later option takes a key from an earlier one
-        self.by_key = {key: option for option in options for key in option.keys()}
+        self.by_key = {key: option for option in options for key in option.keys}
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
@@ -869,13 +866,13 @@ def parse_help(text) -> Optional[OptionTable]:
     options = []
     for match in OPTION_HELP.finditer(text):
         names, values = re.split(", +", match[1]), len((match[2] or "").split())
-        environment = re.search(r"\(env: (\w+)\)$", match[3])
+        variables = re.findall(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        options.append(
-            Option(positives, negatives, environment and environment[1], values)
-        )
+        if negatives:
+            variables += [name.replace("_ARG_", "_ARG_NO_", 1) for name in variables]
+        options.append(Option(positives, negatives, values, variables))
     table = OptionTable(options)
     model, version = table.by_key.get("model"), table.by_key.get("version")
     is_sane = model and model.values and version and not version.values
@@ -885,7 +882,6 @@ def parse_help(text) -> Optional[OptionTable]:
 # ---- Models --------------------------------------------------------------------------
 
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
 # The keys whose change needs a new backend, by kind of model.
@@ -1072,10 +1068,8 @@ class ModelBuilder:
                 [each._replace(text=self._option_text(each)) for each in layer]
                 for layer in self._layers
             )
-        for setting, reason in self._mistakes(settings):
-            place = setting.place if setting else self._place
-            self._problems.append(f"{place}: {reason}")
-        problem = self._problems[0] if self._problems else None
+        self._problems += map(": ".join, self._mistakes(settings))
+        problem = next(iter(self._problems), None)
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options,
@@ -1100,43 +1094,41 @@ class ModelBuilder:
         return os.path.expanduser(text)
 
     def _mistakes(self, settings):
-        """Yield what is wrong for this kind: the setting to blame, or None, and why."""
-        kind, own = self._kind, self._own
+        """Yield what is wrong for this kind: the place to blame, and why."""
+        kind, own, here = self._kind, self._own, self._place
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
         for setting in self._layers[-1] if kind != "llama-server" else ():
-            reason = f"options of llama-server cannot stand beside {kind}"
-            yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
+            reason = f"no key of llmswap; options of llama-server cannot stand beside {kind}"
+            yield setting.place, unknown_key(setting.key, reason)
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
             if kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, "cannot stand beside uses"
+                yield setting.place, "cannot stand beside uses"
             elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
-        proxy, has_port = own.get("proxy"), needs_port(settings.proxy)
+        place = own["proxy"].place if "proxy" in own else here
+        has_port = needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
         if kind == "llama-server" and not any(map(has_source, self._layers)):
-            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+            yield here, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
-            yield proxy, "the proxy of a llama-server needs ${PORT}"
+            yield place, "the proxy of a llama-server needs ${PORT}"
         if kind == "cmd" and has_port and not any(map(needs_port, texts)):
-            yield own["cmd"], "without ${PORT} it needs proxy = URL"
+            yield own["cmd"].place, "without ${PORT} it needs proxy = URL"
         if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
-            yield own[kind], "it must not be empty"
+            yield own[kind].place, "it must not be empty"
         if kind in ("unit", "remote") and has_port:
-            yield proxy, "it needs proxy = URL, without ${PORT}"
+            yield place, "it needs proxy = URL, without ${PORT}"
         if settings.proxy.rstrip("/").endswith("/v1"):
-            self._warn(f"{proxy.place}: what clients ask for begins with /v1 already")
+            self._warn(f"{place}: what clients ask for begins with /v1 already")
         if bool(settings.sleep) != bool(settings.wake):
-            yield None, "sleep and wake need each other"
-
-
-TAG = re.compile(r"[-.]([A-Z0-9_]+)\Z", re.IGNORECASE | re.ASCII)
+            yield here, "sleep and wake need each other"
 
 
 def canonical_name(name) -> str:
     """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
     head, colon, tag = name.rpartition(":")
-    match = TAG.search(tag)
+    match = re.search(r"(?ai)[-.]([A-Z0-9_]+)\Z", tag)
     tag = re.sub("[a-z]+", lambda part: part[0].upper(), match[1] if match else tag)
     return head + colon + tag if colon else name
 
@@ -1262,7 +1254,8 @@ class ConfigLoader:
         self._list_cached = list_cached
         self._cached = ()  # names of the models in llama.cpp's cache
         self._environ = environ
-        self._warnings = {}  # used as a set that keeps its order
+        self._warnings = []
+        self._warn = self._warnings.append
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
@@ -1293,10 +1286,8 @@ class ConfigLoader:
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(warnings=tuple(self._warnings), cached=self._cached)
-
-    def _warn(self, message):
-        self._warnings[message] = True
+        warnings = tuple(dict.fromkeys(self._warnings))
+        return config._replace(warnings=warnings, cached=self._cached)
 
     def _read_settings(self, overrides):
         star, written = self._sections["*"].settings, self._written
@@ -1338,13 +1329,12 @@ class ConfigLoader:
             setting = self._written.get(name)
             if setting and setting.text and not keys:  # all would be open
                 raise ConfigError(f"{setting.place}: there is no key in it")
-        return tuple(dict.fromkeys(keys))
+        return keys
 
     def _build_models(self, settings):
         keys, options = split_settings(self._sections["*"])
-        for name in NOT_FOR_ALL:
-            if name in keys:
-                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
+        for name in keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
+            raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._written:
             keys.setdefault("llama-server", self._written["llama-server"])
         if None in settings.budget.values():

@@ -1234,7 +1234,7 @@ MEANINGS = [
      {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
     # API keys: of the file, the environment and the key file
     ("[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
-     {"config.api_keys": ("one", "t;w #o", "four", "three")}),
+     {"config.api_keys": ("one", "t;w #o", "four", "three", "one")}),
 ]
 ENVIRON = {"KEY": "k ${PORT}", "LLMSWAP_API_KEY": "four"}
 
