@@ -307,16 +307,22 @@ def parse_words(text) -> tuple:
 
 
 def each(parse, container=tuple):
-    """Return a parser of the parts between commas, in lower case as clients and
-    browsers send names."""
-    return lambda text: container(map(parse, parse_words(text.lower())))
+    """Return a parser of the parts between commas."""
+    return lambda text: container(map(parse, parse_words(text)))
 
 
-parse_hosts = each(pattern("a host name without a port", rf"\*|{HOST}"))
+parse_sets = each(lambda names: tuple(map(str.strip, names.split("+"))))
+parse_listen = each(  # (host, port) for TCP, the path alone for a Unix socket
+    lambda text: os.path.expanduser(text[len("unix:") :])
+    if re.match("unix:.", text) else parse_host_port(text)
+)
+parse_hosts = each(pattern(  # in lower case, as clients and browsers send names
+    "a host name without a port", rf"\*|{HOST}", lambda match: match[0].lower()
+))
 parse_origins = each(pattern(
     "localhost, * or an origin such as https://chat.example",
-    r"(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
-    lambda match: match[1],
+    r"(?i)(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
+    lambda match: match[1].lower(),
 ))
 
 CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
@@ -344,11 +350,6 @@ def parse_budget(text) -> dict:
     """Return amounts by resource, None for auto: "vram auto, ram 64G", "auto"."""
     text = "vram auto, ram auto" if text == "auto" else text
     return parse_resources(text, ("vram", "ram"))
-
-
-def parse_sets(text) -> tuple:
-    """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
-    return tuple(tuple(map(str.strip, part.split("+"))) for part in parse_words(text))
 
 
 def parse_object(text) -> dict:
@@ -385,15 +386,6 @@ def parse_requests(text) -> tuple:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
     parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
     return tuple(map(parse_request, parts))
-
-
-def parse_listen(text) -> tuple:
-    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
-    return tuple(
-        os.path.expanduser(part[len("unix:") :])
-        if re.match("unix:.", part) else parse_host_port(part)
-        for part in parse_words(text) or [""]
-    )
 
 
 # ---- Keys: one row is parser, default, help and example.ini ------------------------
@@ -661,8 +653,8 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     name = "macro" if section.name == "macros" else key_name(key, keys)
     if key == "cmd":
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-        lines = [line for line in lines if not line.startswith((";", "#"))]
-        text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
+        lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
+        text = " ".join(filter(None, lines))
     if name in WITHOUT_COMMENT:
         return Setting(key, text.strip(" \t"), place)
     is_read_by_llama = name is None or name in SHARED_KEYS
@@ -873,10 +865,7 @@ def parse_help(text) -> Optional[OptionTable]:
         if negatives:
             variables += [name.replace("_ARG_", "_ARG_NO_", 1) for name in variables]
         options.append(Option(positives, negatives, values, variables))
-    table = OptionTable(options)
-    model, version = table.by_key.get("model"), table.by_key.get("version")
-    is_sane = model and model.values and version and not version.values
-    return table if is_sane and len(options) >= 150 else None
+    return OptionTable(options) if len(options) >= 150 else None
 
 
 # ---- Models --------------------------------------------------------------------------
@@ -1098,8 +1087,8 @@ class ModelBuilder:
         kind, own, here = self._kind, self._own, self._place
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
         for setting in self._layers[-1] if kind != "llama-server" else ():
-            reason = f"no key of llmswap; options of llama-server cannot stand beside {kind}"
-            yield setting.place, unknown_key(setting.key, reason)
+            why = f"options of llama-server cannot stand beside {kind}"
+            yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
             if kind == "uses" and name not in REQUEST_KEYS:
