@@ -550,12 +550,9 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def key_name(key, keys) -> Optional[str]:
-    """Return the name of this key, which may be a synonym, in `keys`, or None."""
-    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", key):
-        return key
-    name = SYNONYMS.get(key, key)
-    return name if name in keys else None
+def is_model_key(name) -> bool:
+    """Return whether llmswap, not llama-server, reads this key of a model."""
+    return bool(name in MODEL_KEY or re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", name))
 
 
 def suggestion(name, names) -> str:
@@ -592,7 +589,8 @@ LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key as it is written."""
+    """One `key = text`; `place` names file, line, section and key as it is written.
+    `key` has dashes, and its first spelling if it is one of llmswap's."""
 
     key: str
     text: str
@@ -644,16 +642,16 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     place = f"{place} [{section.name}] {key}"
     if section.name != "macros" and not key.startswith("env."):
         key = key.replace("_", "-")
-    keys = PROXY_KEY if section.name == "llmswap" else MODEL_KEY
-    name = "macro" if section.name == "macros" else key_name(key, keys)
+        key = SYNONYMS.get(key, key)
     if key == "cmd":
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
         lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
         text = " ".join(filter(None, lines))
-    if name in WITHOUT_COMMENT:
+    if key in WITHOUT_COMMENT:
         return Setting(key, text.strip(" \t"), place)
-    is_read_by_llama = name is None or name in SHARED_KEYS
-    comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
+    is_own = section.name in ("llmswap", "macros") or is_model_key(key)
+    is_shared = not is_own or key in SHARED_KEYS
+    comment = (LLAMA_COMMENT if is_shared else OWN_COMMENT).search(text)
     value = text[: comment.start() if comment else None].strip(" \t")
     if comment and (comment[0] in (";", "#") or value.count('"') % 2):
         warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
@@ -686,11 +684,9 @@ def needs_port(text) -> bool:
 
 
 def read_setting(key, setting, macros, variables, warn):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
-    `warn` is called for words of a command that only a shell understands.
-    """
+    """Return the value of the key, or raise ConfigError with the setting's place. A
+    text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
+    `warn` is called for words of a command that only a shell understands."""
     text = setting.text
     for _ in range(10):  # so deep may macros use macros
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
@@ -838,7 +834,7 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return why the key is wrong: `reason` and the nearest key or option."""
-    if key_name(key, PROXY_KEY):
+    if key in PROXY_KEY:
         return "belongs in [llmswap]"
     return reason + suggestion(key, [*MODEL_KEY, *options])
 
@@ -999,13 +995,12 @@ def has_source(settings) -> bool:
 
 
 def split_settings(section):
-    """Return a section's settings by llmswap's key names, and its list of options."""
+    """Return a section's settings by key, and its list of options."""
     keys, options = {}, []
-    for spelling, setting in sorted(section.settings.items()):
-        name = key_name(spelling, MODEL_KEY)
-        if name:
-            keys[name] = setting
-        elif spelling not in IGNORED_KEYS:
+    for key, setting in sorted(section.settings.items()):
+        if is_model_key(key):
+            keys[key] = setting
+        elif key not in IGNORED_KEYS:
             options.append(setting)
     return keys, options
 
@@ -1022,9 +1017,9 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        proxy = self._own.get("proxy")
-        has_fixed_url = proxy and not needs_port(proxy.text)
-        is_remote = has_fixed_url and not has_source(options)
+        is_remote = "proxy" in self._own and not (
+            needs_port(self._own["proxy"].text) or has_source(options)
+        )
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1213,11 +1208,9 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 def load_config(
     path, listen=None, models_max=None, environ=os.environ, list_cached=lambda _: ()
 ) -> Config:
-    """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
-
-    `listen` and `models_max` override the file's. `list_cached(binary)` returns the
-    names of the models in llama.cpp's cache; it is called if they become models. Raise
-    ConfigError.
+    """Return the Config of a file, or of WITHOUT_FILE if `path` is None. `listen` and
+    `models_max` override the file's. `list_cached(binary)` returns the names of the
+    models in llama.cpp's cache and is called if they become models. Raise ConfigError.
     """
     data = WITHOUT_FILE
     if path is not None:
@@ -1279,14 +1272,13 @@ class ConfigLoader:
             written["models-max"] = star.pop("models-max")  # often written there
         if "llama-server" in star:
             written["llama-server"] = star["llama-server"]
-        for spelling, setting in self._sections["llmswap"].settings.items():
-            name = key_name(spelling, PROXY_KEY)
-            if name:
-                written[name] = setting
-            elif key_name(spelling, MODEL_KEY):
+        for key, setting in self._sections["llmswap"].settings.items():
+            if key in PROXY_KEY:
+                written[key] = setting
+            elif is_model_key(key):
                 raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
-            elif spelling not in IGNORED_KEYS:
-                near = suggestion(spelling, PROXY_KEY)
+            elif key not in IGNORED_KEYS:
+                near = suggestion(key, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
         for name, text in overrides.items():
             if text is not None:
@@ -1383,30 +1375,28 @@ class ConfigLoader:
         """Return the models by id, and fill `_names`: first with ids, then aliases,
         canonical names, repositories with one cached model, and names in lower case.
         A name keeps its first owner."""
-        self._names.update((model.name, model.name) for model in models)
-        named = {}
+        claims = [("the id", model.name, model) for model in models]
         for model in models:
-            aliases = tuple(
-                name for name in model.settings.alias
-                if name != model.name and self._register(name, model, "the alias")
-            )
-            named[model.name] = model._replace(aliases=aliases)
+            claims += [("the alias", name, model) for name in model.settings.alias]
         for model in sorted(models, key=lambda model: model.name, reverse=True):
-            self._register(canonical_name(model.name), model, "llama.cpp's name")
+            claims.append(("llama.cpp's name", canonical_name(model.name), model))
+        for label, name, model in claims:
+            owner = self._names.setdefault(name, model.name)
+            if owner != model.name:
+                self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register(self, name, model, label):
-        """Give the model the name if it is free; return whether the model has it."""
-        owner = self._names.setdefault(name, model.name)
-        if owner != model.name:
-            self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
-        return owner == model.name
+        return {
+            model.name: model._replace(aliases=tuple(
+                name for name in model.settings.alias
+                if name != model.name == self._names[name]
+            ))
+            for model in models
+        }
 
     def _resolve_names(self, config):
         """Return the settings with ids in the place of names of models."""

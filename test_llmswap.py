@@ -953,7 +953,7 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     ("[a]\ndescription = it's C#; really ; a\t# b",
      {"a": {"description": "it's C#; really"}}),
     ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
-     {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
+     {"a": {"idle-timeout": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
 def test_sections_are_read(text, sections):
     parsed = llmswap.parse_presets(text.encode(), "m.ini", print)
