@@ -354,10 +354,7 @@ def parse_budget(text) -> dict:
 
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    value = json.loads(text or "{}")  # its ValueError names line and column
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
@@ -580,9 +577,7 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (
-    *QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params"
-)
+WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params")
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
@@ -819,7 +814,7 @@ class OptionTable:
             other = first.setdefault(option.names[0], key)
             if other != key:
                 yield f"{place}: the same option as {other}; this one counts"
-            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
+            if not ROUTER_OPTIONS.isdisjoint(option.names):
                 yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
@@ -840,12 +835,10 @@ def unknown_key(key, reason, options=()) -> str:
 
 
 def parse_help(text) -> Optional[OptionTable]:
-    """Return the options in the output of llama-server --help; None for other text.
-
-    A name in the first column begins an option; one blank and a hint after the last
-    name mean that it takes a value. Two words in capitals are two values. Of a flag's
-    further names, those with "no" are negatives.
-    """
+    """Return the options in the output of llama-server --help; None for other text. A
+    name in the first column begins an option; a hint one blank after the last name is
+    its value, two words in capitals are two. Of a flag's further names, those with "no"
+    are negatives."""
     options = []
     for match in OPTION_HELP.finditer(text):
         names, values = re.split(", +", match[1]), len((match[2] or "").split())
@@ -1041,12 +1034,12 @@ class ModelBuilder:
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
-        settings, options = ModelSettings(**values), ()
-        if self._kind == "llama-server":
-            options = tuple(
-                [each._replace(text=self._option_text(each)) for each in layer]
-                for layer in self._layers
-            )
+        settings = ModelSettings(**values)
+        layers = self._layers if self._kind == "llama-server" else ()
+        options = tuple(
+            [each._replace(text=self._option_text(each)) for each in layer]
+            for layer in layers
+        )
         self._problems += map(": ".join, self._mistakes(settings))
         problem = next(iter(self._problems), None)
         preset_only = tuple((key, self._keys[key].text)
@@ -1393,7 +1386,7 @@ class ConfigLoader:
         return {
             model.name: model._replace(aliases=tuple(
                 name for name in model.settings.alias
-                if name != model.name == self._names[name]
+                if name != model.name and self._names[name] == model.name
             ))
             for model in models
         }
