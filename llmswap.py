@@ -878,27 +878,21 @@ SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` n
 
 
 class Model(NamedTuple):
-    """One model as the file describes it.
-
-    `options` are layers of settings, the weakest first, each in the order of its keys.
-    They, the environment and commands may hold variables, which the methods expand.
-    `backends` are the ids of the models whose backend may serve it, the first one
-    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
-    folder of its saved contexts and ends in a slash; empty: none are saved.
-    """
+    """One model as the file describes it. Its options, environment and commands may
+    hold variables, which the methods expand."""
 
     name: str
     kind: str
     place: str
     settings: ModelSettings
-    options: tuple
+    options: tuple  # layers of settings, the weakest first, each in the order of keys
     variables: dict
-    backends: tuple
-    problem: Optional[str]
+    backends: tuple  # ids of the models whose backend may serve it, the best first
+    problem: Optional[str]  # why it cannot be used
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
-    context_dir: str = ""
+    context_dir: str = ""  # of its saved contexts, with a slash; empty: none are saved
 
     @property
     def has_auto_needs(self) -> bool:
@@ -1321,8 +1315,8 @@ class ConfigLoader:
             if name not in self._sections:
                 model = model._replace(source=source)
             if model.kind == "llama-server" and model.settings.keep_context:
-                path = os.path.join(settings.state_dir, "context", folder_name(name))
-                model = model._replace(context_dir=f"{path}/")
+                path = f"{settings.state_dir}/context/{folder_name(name)}/"
+                model = model._replace(context_dir=path)
             models.append(model)
         if models and all(model.kind != "llama-server" for model in models):
             for setting in options:
