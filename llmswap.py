@@ -289,17 +289,6 @@ parse_mac = either("", None, pattern(
 ))
 
 
-def size_text(size) -> str:
-    """Return a size as people write it: the inverse of parse_size."""
-    unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
-    return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
-
-
-def resources_text(amounts) -> str:
-    """Return amounts as people write them: the inverse of parse_resources."""
-    return ", ".join(f"{name} {size_text(size)}" for name, size in amounts.items())
-
-
 def parse_words(text) -> tuple:
     """Return the parts between commas, without empty and repeated ones."""
     parts = (part.strip() for part in text.split(","))
@@ -334,8 +323,10 @@ parse_capabilities = each(pattern(  # True by name; of `context`, the tokens
 
 
 def parse_resources(text, automatic=()) -> dict:
-    """Return amounts by resource, "vram 18G, ram 4G"; those that may be automatic are
-    None for "vram auto"."""
+    """Return amounts by resource: "vram 18G, ram 4G". Those that may be automatic are
+    None for "vram auto", all of them for "auto"."""
+    if text == "auto" and automatic:
+        return dict.fromkeys(automatic)
     amounts = {}
     for part in parse_words(text):
         name, _, size = part.partition(" ")
@@ -346,10 +337,16 @@ def parse_resources(text, automatic=()) -> dict:
     return amounts
 
 
-def parse_budget(text) -> dict:
-    """Return amounts by resource, None for auto: "vram auto, ram 64G", "auto"."""
-    text = "vram auto, ram auto" if text == "auto" else text
-    return parse_resources(text, ("vram", "ram"))
+parse_budget = functools.partial(parse_resources, automatic=("vram", "ram"))
+
+
+def resources_text(amounts) -> str:
+    """Return amounts as people write them: the inverse of parse_resources."""
+    parts = []
+    for name, size in amounts.items():
+        unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
+        parts.append(f"{name} {size / 2 ** UNIT_POWERS[unit]:.4g}{unit}")
+    return ", ".join(parts)
 
 
 def parse_object(text) -> dict:
@@ -654,9 +651,13 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     return Setting(key, value, place)
 
 
-# ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
+# ---- Texts: with variables and macros as ${NAME}, some quoted as in a shell ----------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
 
 
 def expand(text, variables) -> str:
@@ -675,7 +676,7 @@ def expand(text, variables) -> str:
 
 def needs_port(text) -> bool:
     """Return whether ${PORT} stands in the text."""
-    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+    return "PORT" in VARIABLE.findall(text)
 
 
 def read_setting(key, setting, macros, variables, warn):
@@ -696,14 +697,6 @@ def read_setting(key, setting, macros, variables, warn):
         warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
              "run: write sh -c '...', and ${env.NAME} for $NAME")
     return text if late else value
-
-
-# ---- Commands: quoted as in a shell, though none runs them ---------------------------
-
-ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_SYNTAX = re.compile(
-    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
-)
 
 
 def split_words(text) -> list:
@@ -902,7 +895,7 @@ class Model(NamedTuple):
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin is True
+        return self.settings.pin is True and not self.problem
 
     @property
     def launch(self) -> tuple:
@@ -1141,8 +1134,8 @@ def why_not_together(model, pinned, settings) -> Optional[str]:
     for name, limit in settings.budget.items():
         needed = sum((each.settings.needs or {}).get(name, 0) for each in models)
         if limit is not None and needed > limit:
-            return (f"{prefix} they need {name} {size_text(needed)}, "
-                    f"the budget is {size_text(limit)}")
+            need, budget = resources_text({name: needed}), resources_text({name: limit})
+            return f"{prefix} they need {need}, the budget is {budget}"
     return None
 
 
@@ -1239,10 +1232,8 @@ class ConfigLoader:
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            if model.problem:
-                continue
             reason = why_not_together(model, pinned, config.settings)
-            if reason:
+            if reason and not model.problem:
                 problem = f"{model.place}: {reason}"
                 models[model.name] = model._replace(problem=problem)
             elif model.is_pinned:
@@ -1389,11 +1380,10 @@ class ConfigLoader:
         """Return the settings with ids in the place of names of models."""
 
         def find(name, key):
-            model = config.models.get(config.find(name))
-            if model is None:
-                place = self._written[key].place
-                raise ConfigError(f"{place}: there is no model {name!r}")
-            return model
+            try:
+                return config.resolve(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"{self._written[key].place}: {error}") from None
 
         sets = []
         for names in config.settings.sets:

@@ -1433,7 +1433,7 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
     ("models-max = 0", "pin = on", "pin = on", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 4G", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 5G",
-     "beside the pinned a: they need vram 25G, the budget is 24G"),
+     "beside the pinned a: they need vram 25G, the budget is vram 24G"),
     ("budget = vram 24G", "", "needs = vram 25G", "fit: they need vram 25G"),
     ("budget = vram 24G", "", "needs = vrma 25G", "does not name 'vrma'"),
     ("budget = vram 24G", "", "sleep-needs = ram 1G", "does not name 'ram'"),
