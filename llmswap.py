@@ -419,8 +419,7 @@ PROXY_KEYS = (
         "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
         "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "",
-        "for requests that name no model; empty: the only model there is"),
+    Key("default-model", str, "", "for requests that name none; empty: the only model"),
     Key("patience", either("auto", None, parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
@@ -581,8 +580,8 @@ LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key as it is written.
-    `key` has dashes, and its first spelling if it is one of llmswap's."""
+    """One `key = text`; `place` names file, line, section and key as it is written,
+    while `key` has dashes and is no synonym."""
 
     key: str
     text: str
@@ -1061,8 +1060,9 @@ class ModelBuilder:
             yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
-            if kind == "uses" and name not in REQUEST_KEYS:
-                yield setting.place, "cannot stand beside uses"
+            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
+            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
+                yield setting.place, f"cannot stand beside {kind}"
             elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
         place = own["proxy"].place if "proxy" in own else here

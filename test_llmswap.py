@@ -1368,11 +1368,13 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     ("cmd = serve ${PORT}\nlode-timeout = 1",
      "beside cmd; did you mean load-timeout?"),
     ("cmd = serve ${PORT}\nlisten = 1", "[a] listen: belongs in [llmswap]"),
+    ("cmd = serve ${PORT}\nunit = x", "[a] unit: cannot stand beside cmd"),
     ("unit = x", "it needs proxy = URL, without ${PORT}"),
     ("proxy = http://h:${PORT}", "[a]: it has no source"),
     ("proxy = h:1", "[a] proxy: 'h:1' is not a URL"),
     ("uses = a", "'a' itself uses another model"),
     ("uses = b\nidle-timeout = 1", "[a] idle-timeout: cannot stand beside uses"),
+    ("uses = b\ncmd = x ${PORT}", "[a] uses: cannot stand beside cmd"),
     ("uses = c", "it uses 'c': m.ini:"), ("uses = ,", "[a] uses: it must not be empty"),
     ("uses = b, nobody", "there is no model 'nobody' to use"),
 ])
@@ -1399,7 +1401,6 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     ("[*]\nlisten = x\n[a]\ncmd = x ${PORT}", "without effect: belongs in [llmswap]"),
     ("[a]\nproxy = http://h/v1/", "proxy: what clients ask for begins with /v1 already"),
     ("[a]\ncmd = x ${PORT}\nllama-server = y", "llama-server: without effect"),
-    ("[a]\ncmd = x ${PORT}\nunit = y", "[a] unit: without effect beside cmd"),
     ("[llmswap]\nmodels-dir = nowhere", "[llmswap] models-dir: [Errno 2]"),
 ])
 def test_surprises_are_warned_of_once(tmp_path, text, warning):
