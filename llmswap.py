@@ -1234,8 +1234,7 @@ class ConfigLoader:
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
             reason = why_not_together(model, pinned, config.settings)
             if reason and not model.problem:
-                problem = f"{model.place}: {reason}"
-                models[model.name] = model._replace(problem=problem)
+                models[model.name] = model._replace(problem=f"{model.place}: {reason}")
             elif model.is_pinned:
                 pinned.append(model)
         for model in models.values():
