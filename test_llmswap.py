@@ -3037,7 +3037,7 @@ def test_a_model_misconfigured_by_a_reload_during_its_check_blocks_nothing(
     text = "[llmswap]\nmodels-max = 1\nbudget = vram 1G\n[a]\nTRUE\nneeds = vram 2G\n"
     config = stage.config(text + "[b]\nTRUE\n")
     monkeypatch.setattr(llmswap, "check_start", lambda _: stage.pool.reload(config))
-    assert "the budget is 1G" in str(stage.ask("a").refused())
+    assert "the budget is vram 1G" in str(stage.ask("a").refused())
     stage.ask("b")
     assert stage.state("b") == "loading"
 
