@@ -1102,7 +1102,7 @@ def find_models(directory, place) -> dict:
         names = sorted(names, key=lambda name: ("-00001-of-" not in name, name))
         options = {}
         for path in [os.path.join(entry.path, n) for n in names] or [entry.path]:
-            match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
+            match = re.search(r"/(mtp-|dspark-|dflash-)?[^/]*\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
                 key = "mmproj" if "mmproj" in match[0] else key
