@@ -1461,7 +1461,7 @@ class ModelSpec(NamedTuple):
     models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
     unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
     `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room.
+    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
     """
 
     needs: Mapping[str, int] = {}
@@ -1474,6 +1474,7 @@ class ModelSpec(NamedTuple):
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
+    problem: Optional[APIError] = None
 
 
 class ModelUsage(NamedTuple):
@@ -1554,7 +1555,9 @@ class Ticket:
     it once its model would have to be loaded.
     """
 
-    def __init__(self, number, model, arrived, preemptible, manual, load_refusal):
+    def __init__(
+        self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
+    ):
         self.number = number
         self.model = model
         self.arrived = arrived
@@ -1587,14 +1590,14 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
+        self.is_released = False  # unloaded by hand: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
-        self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1631,8 +1634,13 @@ class ModelState:
     @property
     def is_stopping_soon(self) -> bool:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
-        reloaded = self.replacement is not None or self.removal_error is not None
-        return self.unload_by is not None or reloaded
+        return self.replacement is not None or self.unload_by is not None
+
+    def serves(self, ticket: Ticket) -> bool:
+        """Whether it is loaded or loads, and serves the ticket before it goes."""
+        is_up = self.state in (State.LOADING, State.LOADED)
+        is_younger = self.drains_for and self.drains_for.number < ticket.number
+        return is_up and not (is_younger or self.is_stopping_soon)
 
     def usage(self) -> ModelUsage:
         """What it takes of the limits now."""
@@ -1669,14 +1677,8 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
-        if self.keep_loaded_at < math.inf:
-            self.keep_loaded_at = -math.inf
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
-            self.keep_loaded_at = -math.inf
+        self.failures = 0
+        self.retry_at = self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1694,9 +1696,10 @@ class ModelState:
         return max(MIN_RETURN_GAP, 2 * max(short))
 
     def unload_at(self) -> float:
-        """When its idle time ends; inf: it is in use, or never unloads."""
+        """When its idle time ends; inf: it loads, is in use, or never unloads."""
+        is_in_use = self.in_flight or self.waiting or self.preemptible
         is_exempt = self.spec.is_pinned or self.spec.keep_loaded
-        if self.in_flight or self.waiting or self.preemptible or is_exempt:
+        if is_in_use or is_exempt or self.state is State.LOADING:
             return math.inf
         if self.idle_timeout is not None:
             return self.idle_since + self.idle_timeout
@@ -1747,6 +1750,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
@@ -1754,21 +1758,17 @@ class Scheduler:
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
-        self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
 
-    def submit(
-        self, name: str, now: float, preemptible=False, manual=False, load_refusal=None
-    ) -> Ticket:
-        """Queue a request for the model; the next `decide` may grant or refuse it."""
+    def submit(self, name: str, now: float, **kind) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it. For
+        its `kind` see Ticket."""
         model = self.models[name]
-        model.resume_keep_loaded()
-        self.resume_keep_loaded()
-        number = next(self._numbers)
-        ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
-        if manual:
+        model.is_released = self.is_keep_loaded_paused = False
+        ticket = Ticket(next(self._numbers), model, now, **kind)
+        if ticket.manual:
             model.reset_failures()
         else:
             model.record_arrival(now)
@@ -1790,24 +1790,16 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
-    def pause_keep_loaded(self):
-        """keep_loaded has no effect until the next request, or `resume_keep_loaded`."""
-        self._is_keep_loaded_paused = True
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again."""
-        self._is_keep_loaded_paused = False
-
-    def choose(self, names: Sequence[str]) -> Optional[str]:
+    def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
-        loaded, or None if a reload has removed all of them."""
-        models = [self.models[name] for name in names if name in self.models]
+        loaded."""
+        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
             for model in models:
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
-                    return model.name
-        return models[0].name if models else None
+                    return model
+        return models[0]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -1835,8 +1827,7 @@ class Scheduler:
                     # its next request is no quick return: a client that alternates
                     # between both models may have caused this load
                     victim.evicted_for = None
-                    if victim.pause_began is not None:
-                        victim.record_arrival(math.inf)
+                    victim.record_arrival(math.inf)
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
@@ -1844,12 +1835,11 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
-            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.is_released = False
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
@@ -1874,24 +1864,22 @@ class Scheduler:
         A load that ran out of memory beside other models is retried once, after the
         least recently used of them has stopped: then its name is returned.
         """
-        model = self._current(name, run)
-        victim = None
+        model, victim = self._current(name, run), None
         if model is None:
             return None
-        if model.state is State.UNLOADING and model.stop_cause != "crashed":
+        if model.stop_cause:  # it was told to stop
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
             victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
-                self.refuse_waiting(name, failure)
+                self._refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            moment = model.ready_at + MAX_BACKOFF
-            model.keep_loaded_at = max(model.keep_loaded_at, moment)
+            model.keep_loaded_at = model.ready_at + MAX_BACKOFF
         else:  # stopped by other means than llmswap
-            model.keep_loaded_at = math.inf
+            model.is_released = True
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
@@ -1899,11 +1887,7 @@ class Scheduler:
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
-        is_wanted = any(
-            ticket.model is model and not ticket.load_refusal
-            for ticket in self._queue.values()
-        )
-        if not (is_first and model.needs_room and is_wanted):
+        if not (is_first and model.needs_room and model.waiting):
             return None
         candidates = (each for each in self.held.values()
                       if each is not model and self._is_evictable(each))
@@ -1915,9 +1899,7 @@ class Scheduler:
         Needs of a running model grow only as far as the budget has room beside all
         others. Call it again when one of those has exited.
         """
-        model = self.models.get(name)
-        if model is None:
-            return
+        model = self.models[name]
         if model.replacement is not None:
             model.replacement = model.replacement._replace(needs=needs)
             return
@@ -1932,10 +1914,8 @@ class Scheduler:
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
-        model = self.models.get(name)
-        if model is None or model.run != run or not model.is_held:
-            return None
-        return model
+        model = self.models[name]
+        return model if model.run == run and model.is_held else None
 
     def _end_run(self, model):
         """Reset the state of the run; a reload that waited for it takes effect."""
@@ -1944,9 +1924,7 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
-        if model.removal_error is not None:
-            del self.models[model.name]
-        elif model.replacement is not None:
+        if model.replacement is not None:
             model.spec, model.replacement = model.replacement, None
             model.reset_failures()
 
@@ -1958,19 +1936,19 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_loaded_at = math.inf
+        self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self.pause_keep_loaded()
+        self.is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
     def _unload(self, name, now, problem):
         model = self.models[name]
-        self.refuse_waiting(name, problem)
+        self._refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
             model.unload_by = now + model.spec.stop_timeout
         return model.is_held
@@ -1980,35 +1958,30 @@ class Scheduler:
         limits: Limits,
         specs: Mapping[str, ModelSpec],
         changed: Sequence[str],
-        removal_error: Callable[[str], APIError],
     ):
         """Take over a new configuration.
 
-        Backends in `changed` drain and are replaced, those not in `specs` drain and
-        stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
+        Backends in `changed` drain and are replaced. Those not in `specs` drain and
+        stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        for name, model in list(self.models.items()):
-            if name not in specs:
-                model.removal_error, model.replacement = removal_error(name), None
-                self.refuse_waiting(name, model.removal_error)
-                if not model.is_held:
-                    del self.models[name]
+        for name in self.models.keys() - specs.keys():
+            problem = ModelNotFound(f"{name!r} is no longer in the configuration")
+            specs = {**specs, name: ModelSpec(problem=problem)}
+            changed = [*changed, name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
-            is_replaced = model.replacement or model.removal_error
-            if model.is_held and (name in changed or is_replaced):
-                model.replacement, model.removal_error = spec, None
+            if model.is_held and (name in changed or model.replacement):
+                model.replacement = spec
             else:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.is_released = False
             if model.is_pinned:
                 model.drains_for = None
 
-    def refuse_waiting(self, name: str, problem: APIError):
-        """Refuse every ticket that waits for the model."""
+    def _refuse_waiting(self, name, problem):
         for ticket in list(self._queue.values()):
             if ticket.model.name == name:
                 self._refuse(ticket, problem)
@@ -2016,11 +1989,6 @@ class Scheduler:
     def close(self, problem: APIError):
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
-
-    def stop_all(self):
-        """Stop every backend now, in use or not."""
-        for model in self.held.values():
-            model.unload_by = -math.inf
 
     # -- counts ----------------------------------------------------------------------
 
@@ -2038,17 +2006,27 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
+
+        def changes(step):
+            before = self._count_changes()
+            step(now)
+            return self._count_changes() != before
+
         steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(step(now) for step in steps):
+        while any(map(changes, steps)):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
-        """Walk the queue once; return whether anything changed."""
+        """Walk the queue once."""
         self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
@@ -2059,7 +2037,6 @@ class Scheduler:
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2077,59 +2054,42 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != self._count_changes()
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
         model, limit = ticket.model, ticket.model.spec.concurrency
-        if model.state is not State.LOADED or model.is_stopping_soon:
-            return False
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or is_younger:
+        is_ready = model.state is State.LOADED and model.serves(ticket)
+        if not is_ready or self._closing_error or model.spec.problem:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
-        if self._closing_error or model.removal_error:
-            return self._closing_error or model.removal_error
+        problem = self._closing_error or (model.replacement or model.spec).problem
+        if problem:
+            return problem
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        is_up = model.state in (State.LOADING, State.LOADED)
-        if not is_up or model.is_stopping_soon or is_younger:
-            if ticket.load_refusal:
-                return ticket.load_refusal
+        if ticket.load_refusal and not model.serves(ticket):
+            return ticket.load_refusal
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        needed = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        is_hindered = pins and model.is_down and model.needs_room
+        if is_hindered and not self.limits.allow(needed):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unloading by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda unloaded: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in unloaded)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2170,7 +2130,7 @@ class Scheduler:
             self._start(model, now, ticket)
         elif is_full or self._awaits_retry(ticket):
             return
-        elif not self._fits(wanted, self._stopping.keys()):
+        elif not self._fits(wanted, self._stopping):
             self._evict(ticket, wanted, now)
         elif self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
@@ -2198,8 +2158,7 @@ class Scheduler:
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        if ticket:
-            self._spare_victims(ticket)
+        self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2222,9 +2181,9 @@ class Scheduler:
         if victims is None:
             return  # a pinned or reserved model is in the way
         moment = max(self._evictable_at(ticket, victim, now) for victim in victims)
-        gone_by_then = (m for m, at in self._stopping.items() if at <= moment)
+        stopped_by_then = (m for m, at in self._stopping.items() if at <= moment)
         demand = {ticket.model.name: wanted[ticket.model.name]}
-        if not self._fits(demand, victims.union(gone_by_then)):
+        if not self._fits(demand, victims.union(stopped_by_then)):
             moment = max([moment, *self._stopping.values()])
         self._stopping.update(dict.fromkeys(victims, moment))
         if moment > now:
@@ -2254,27 +2213,24 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return whether it
-        did. A later ticket that needs the room stops such a load at once."""
-        if self._queue or self._closing_error or self._is_keep_loaded_paused:
-            return False
-        wanted = [model for model in self.models.values() if model.spec.keep_loaded]
-        for model in wanted:
+        """If no ticket waits, start the keep_loaded models that fit. A later ticket
+        that needs the room stops such a load at once."""
+        if self._queue or self._closing_error or self.is_keep_loaded_paused:
+            return
+        for model in self.models.values():
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
-            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
-            if not (is_missing and model.is_down):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
+            wanted = {model.name: model.usage_when_loaded()}
+            if is_wanted and is_missing and self._fits(wanted):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
-                    return True
-                self._look_again_at(moment)
-        return False
+                else:
+                    self._look_again_at(moment)
 
     def _stop_models(self, now):
-        """Stop every model that has drained or idled long enough; return if any."""
-        before = len(self._decisions)
+        """Stop every model that has drained or idled long enough."""
         for model in self.held.values():
             cause, moment = self._stop_due(model)
             if now < moment:
@@ -2289,23 +2245,21 @@ class Scheduler:
             model.stop_cause = "sleep" if to_sleep else cause
             stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
             self._decisions.append(stop)
-        return len(self._decisions) != before
 
     def _stop_due(self, model):
         """Return why the model is to be stopped, and when; inf: not for now."""
-        is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
             return None, math.inf
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
-            by = -math.inf if is_loading else min(model.unload_by, once_drained)
-            return cause, by
+            return cause, min(model.unload_by, once_drained)
         if model.is_stopping_soon:
             return "reload", once_drained
         if model.drains_for:
+            is_loading = model.state is State.LOADING
             return "abandoned" if is_loading else "evicted", once_drained
-        return "idle", math.inf if is_loading else model.unload_at()
+        return "idle", model.unload_at()
 
 
 # ==================================================================================
@@ -4661,22 +4615,20 @@ class Pool:
         self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
-        self._timer = threading.Condition(self._lock)  # the next deadline came nearer
+        self._timer = threading.Condition(self._lock)  # its moment came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
-        self._next_deadline = self._timer_at = math.inf
+        self._timer_at = math.inf  # when the timer decides again
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._specs = self._find_specs()
-        self._scheduler = Scheduler(limits, self._specs)
+        self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
-        self._adoption = None
         self._last_request_at = clock()
 
     def start(self):
@@ -4684,12 +4636,10 @@ class Pool:
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        with self._lock:
-            self._scheduler.pause_keep_loaded()  # load-on-startup comes first
+        self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
-        self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_TIMEOUT)
+        start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
         models = self.config.models.values()
         wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
@@ -4704,26 +4654,21 @@ class Pool:
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
-        with self._event():
-            self._scheduler.resume_keep_loaded()
+        self.resume_keep_loaded()
 
     def _adopt_units(self):
         """Adopt the units that run already."""
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            running -= {each.model.settings.unit for each in self._backends.values()}
             for name, model in self.config.models.items():
-                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
-                is_down = scheduled is not None and not scheduled.is_held
-                if unit not in running or model.problem or not is_down:
-                    continue
-                if self._is_closed:
-                    return
-                self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name, self._scheduler.adopted(name, now))
-                backend.adopt()
-                running.discard(unit)
+                unit = model.settings.unit
+                owned = {each.model.settings.unit for each in self._backends.values()}
+                is_free = unit in running - owned and name not in self._backends
+                if is_free and not (model.problem or self._is_closed):
+                    self._log("info", f"{name}: {unit} runs already")
+                    run = self._scheduler.adopted(name, now)
+                    self._new_backend(name, run).adopt()
 
     # -- requests --------------------------------------------------------------------
 
@@ -4758,12 +4703,9 @@ class Pool:
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
+            name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
-            ticket = self._scheduler.submit(scheduled.name, now, **kind)
+            ticket = self._scheduler.submit(name, now, **kind)
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
@@ -4774,7 +4716,7 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
@@ -4785,50 +4727,35 @@ class Pool:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-
-        def is_over():
-            if self._is_closed:
-                raise ShuttingDown("llmswap is shutting down")
-            return disconnected()
-
-        _await_result(outcome, is_over)
+        problem = _await_result(outcome, disconnected)
+        if problem:
+            raise problem.with_traceback(None)  # other threads raise the same one
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
         try:
             check_start(model)
             self._estimate(model)
-        except LoadFailed as error:
-            problem = error.with_traceback(None)
-            self._log("error", f"{model.name} could not be started: {problem}")
-        except Exception as error:  # a bug, or no descriptor is left
+        except Exception as error:  # also a bug, or no descriptor is left
             problem = error
         with self._lock:
             del self._preparations[model.name]
-            if isinstance(problem, LoadFailed) and not scheduled.is_held:
-                scheduled.last_failure = problem
-        if problem:
-            outcome.set_exception(problem)
-        else:
-            outcome.set_result(None)
-
-    def _scheduled(self, model):
-        """Return the ModelState that serves this model now; raise ModelNotFound if a
-        reload removed it. The lock is held."""
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            raise _removed(model.name)
-        return self._scheduler.models[name]
+            if isinstance(problem, LoadFailed):
+                self._log("error", f"{model.name} could not be started: {problem}")
+                if not scheduled.is_held:
+                    scheduled.last_failure = problem
+        outcome.set_result(problem)
 
     def resume_keep_loaded(self):
-        """A request was refused because its model is not loaded: see Scheduler."""
+        """End the pause that lasts until the next request."""
         with self._event():
-            self._scheduler.resume_keep_loaded()
+            self._scheduler.is_keep_loaded_paused = False
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
+            name = self._scheduler.choose(model.backends).name
+            self._scheduler.keep_alive(name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -4841,11 +4768,11 @@ class Pool:
         return True
 
     def unload(self, model: Model) -> bool:
-        """Begin to unload the model: False if there is nothing to unload. Raise
-        ModelNotFound if a reload has removed it."""
+        """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            return self._scheduler.unload(self._scheduled(model).name, now, problem)
+            name = self._scheduler.choose(model.backends).name
+            return self._scheduler.unload(name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -4871,20 +4798,16 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            for name in self._entries.keys() - unchanged:
-                del self._entries[name]
+            entries = self._entries.items()
+            self._entries = {name: row for name, row in entries if name in unchanged}
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits, self._specs = limits_of(config, budget), self._find_specs()
-            self._scheduler.configure(limits, self._specs, changed, _removed)
-            for model in config.models.values():
-                if model.problem:
-                    reason = ModelMisconfigured(model.problem)
-                    self._scheduler.refuse_waiting(model.name, reason)
+            limits = limits_of(config, budget)
+            self._scheduler.configure(limits, self._find_specs(), changed)
         self._contexts.configure(config)
-        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
@@ -4909,9 +4832,8 @@ class Pool:
     def _estimate(self, model):
         """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
-            with self._lock:
-                self._refresh_specs()
-                self._schedule()
+            with self._event():
+                self._update_needs()
 
     def _find_specs(self):
         """Return the specs of all models, with the needs known now."""
@@ -4932,43 +4854,37 @@ class Pool:
                 concurrency=model.settings.concurrency,
                 idle_timeout=model.settings.idle_timeout,
                 stop_timeout=model.settings.stop_timeout,
+                problem=model.problem and ModelMisconfigured(model.problem),
             )
             for name, model in self.config.models.items() if model.backends == (name,)
         }
 
-    def _refresh_specs(self):
-        """Use the needs known now. The lock is held."""
-        self._specs = self._find_specs()
-        self._update_needs()
-
     def _update_needs(self):
-        """Tell the Scheduler the needs of models that are measured or estimated."""
-        for name, spec in self._specs.items():
+        """Tell the Scheduler the needs that are measured or estimated, as known now.
+        The lock is held."""
+        for name, spec in self._find_specs().items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
     def _measure_loop(self):
         """Measure whenever a model has been loaded, and then once a minute."""
+        interval = None
         while not self._is_closed:
-            with self._lock:
-                backends = self._measured_backends()
-            self._has_loaded.wait(MEASURE_INTERVAL if backends else None)
+            self._has_loaded.wait(interval)
             self._has_loaded.clear()
-            self._measure()
-
-    def _measured_backends(self):
-        """Return the loaded backends whose needs are measured. The lock is held."""
-        held = self._scheduler.held.values()
-        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
-        return [backend for backend in loaded if backend.model.has_auto_needs]
+            interval = MEASURE_INTERVAL if self._measure() else None
 
     def _measure(self):
-        """Measure the memory of these backends and learn their needs."""
+        """Measure the memory of the loaded backends with `auto` needs, and learn these;
+        False if there are none."""
         with self._lock:
-            backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
+            loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        backends = [backend for backend in loaded if backend.model.has_auto_needs]
+        if not backends:
+            return False
         is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
-        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
+        on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
@@ -4976,16 +4892,17 @@ class Pool:
                 left = machine_budget().get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
-        with self._lock:
+        with self._event():
             if is_alone and len(self._scheduler.held) > 1:
-                return
-            for backend in self._measured_backends():
+                return True
+            for backend in taken.keys() & self._runs.keys():
                 peak = self._runs[backend].peak
-                for name, amount in taken.get(backend, {}).items():
+                for name, amount in taken[backend].items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
-            self._schedule()
+            self._update_needs()
         self._needs.save()
+        return True
 
     def _learn(self, backend, is_over):
         model, run = backend.model, self._runs[backend]
@@ -4994,8 +4911,7 @@ class Pool:
             amount > self.budget[name] for name, amount in amounts.items()
         )
         was_squeezed = run.had_neighbours or is_too_large
-        if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._refresh_specs()
+        self._needs.learn(model, run.peak, was_squeezed, is_over)
 
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
@@ -5011,16 +4927,14 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._refresh_specs()
 
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
         """Return the backend of the model, which may exit at any time, or None; also
-        None if it is in none of the given states, or about to stop. Raise ModelNotFound
-        if a reload has removed the model."""
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
@@ -5050,11 +4964,8 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            return ModelStatus(model.name, kind=model.kind)  # a reload has removed it
-        now, scheduled = self._clock(), self._scheduler.models[name]
-        state, changed_at = scheduled.state, scheduled.changed_at
+        now, scheduled = self._clock(), self._scheduler.choose(model.backends)
+        name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5098,7 +5009,7 @@ class Pool:
         """Return how many models there are and are held, and requests run and wait."""
         with self._lock:
             return {
-                "models": len(self._scheduler.models),
+                "models": len(self.config.models),
                 "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
@@ -5158,9 +5069,8 @@ class Pool:
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
-            server = self._scheduler.choose(model.backends) if model else None
-            if server and speed is not None:
-                self._speeds[server] = speed
+            if model and speed is not None:
+                self._speeds[self._scheduler.choose(model.backends).name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5183,24 +5093,24 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
-            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+        methods = {
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
+        }
+        decisions = True
+        while decisions:  # a start that fails at once may cause others
+            decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                if isinstance(decision, Start):
-                    has_failed |= not self._start(decision)
-                elif isinstance(decision, Stop):
-                    self._stop(decision)
-                elif isinstance(decision, Grant):
-                    ticket = decision.ticket
-                    ticket.waiter.set_result(self._backends[ticket.model.name])
-                else:
-                    self._refuse(*decision)
+                methods[type(decision)](*decision)
         self._revise()
-        if self._next_deadline < self._timer_at:
-            self._timer_at = self._next_deadline
+        if deadline < self._timer_at:
+            self._timer_at = deadline
             self._timer.notify()
+
+    def _grant(self, ticket):
+        ticket.waiter.set_result(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
         ticket.waiter.set_exception(problem)
@@ -5211,26 +5121,21 @@ class Pool:
         """Decide again at each deadline."""
         with self._lock:
             while not self._is_closed:
-                self._timer_at = self._next_deadline
                 seconds = max(0.0, self._timer_at - self._clock())
                 self._timer.wait(min(seconds, MAX_DURATION))
+                self._timer_at = math.inf
                 self._schedule()
 
-    def _start(self, decision):
-        """Start or wake a backend; return whether it could be started."""
-        name = decision.name
-        self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
+    def _start(self, name, run, is_wake):
+        self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        if decision.is_wake:
-            self._backends[name].wake()
-            return True
+        if is_wake:
+            return self._backends[name].wake()
         try:
-            self._new_backend(name, decision.run).start()
-            return True
+            self._new_backend(name, run).start()
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
-            self._record_exit(name, decision.run, problem)
-            return False
+            self._record_exit(name, run, problem)
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5250,16 +5155,15 @@ class Pool:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
-    def _stop(self, decision):
-        name, cause = decision.name, decision.cause
+    def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
-        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
+        self._stop_reasons[name] = STOP_REASONS[cause].format(newcomer)
         reason = "by hand" if cause == "unload" else cause
-        if decision.newcomer:
-            reason += f" for {decision.newcomer}"
-        action = "going to sleep" if decision.to_sleep else "unloading"
+        if newcomer:
+            reason += f" for {newcomer}"
+        action = "going to sleep" if to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        if decision.to_sleep:
+        if to_sleep:
             self._backends[name].sleep()
         else:
             self._backends[name].stop()
@@ -5281,8 +5185,8 @@ class Pool:
         run = self._runs[backend]
         if seconds >= run.next_load_line:
             run.next_load_line = seconds + LOAD_LINE_EVERY
-            share, why = percent(backend.progress), backend.refusal
-            why = f" ({why})" if why else ""
+            why = f" ({backend.refusal})" if backend.refusal else ""
+            share = percent(backend.progress)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s{why}")
 
     def on_loaded(self, backend):
@@ -5297,7 +5201,6 @@ class Pool:
                 self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
-            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
         self._log("info", f"{name}: {took} ({backend.location})")
@@ -5330,8 +5233,7 @@ class Pool:
         self._needs.save()
         is_unit = backend.model.kind == "unit" and not self._is_closed
         if is_unit and problem is None and backend.died(0):
-            # somebody may have restarted it
-            self._adoption = start_thread(self._adopt_units, "units")
+            start_thread(self._adopt_units, "units")  # if somebody restarted it
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""
@@ -5383,30 +5285,25 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends in parallel and wait for their end."""
-        with self._event() as now:
-            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
+        problem = ShuttingDown("llmswap is shutting down")
+        with self._event():
+            self._scheduler.close(problem)
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
-            deadline = now + grace
-        with self._event():
-            while self._scheduler.in_flight and self._clock() < deadline:
-                self._changed.wait(deadline - self._clock())
-            self._scheduler.stop_all()
+        with self._event() as now:
+            self._changed.wait_for(lambda: not self._scheduler.in_flight, grace)
+            self._scheduler.unload_all(now, problem)
             for backend in self._backends.values():
-                backend.stop()  # also one that is falling asleep
+                backend.stop()  # also if it is in use, or falling asleep
         with self._lock:
-            while self._backends:
-                self._changed.wait()
-        if self._adoption:
-            self._adoption.join(2 * POLL_INTERVAL)
+            self._changed.wait_for(lambda: not self._backends)
         self._guard.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
         with self._event():
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -5426,13 +5323,11 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=POLL_INTERVAL)
-        if not future.done() and disconnected():
+    while not (future.done() or concurrent.futures.wait([future], POLL_INTERVAL).done):
+        if disconnected():
             raise ClientDisconnected
-    problem = future.exception()
-    if problem is not None:
-        raise problem.with_traceback(None)  # other threads raise the same one
+    if future.exception():
+        raise future.exception().with_traceback(None)  # other threads raise the same
     return future.result()
 
 
@@ -5441,10 +5336,6 @@ def address_of(model: Model) -> Dict[str, int]:
     the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
-
-
-def _removed(name):
-    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:

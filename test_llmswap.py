@@ -1601,14 +1601,6 @@ A ticket that may not load is refused once its model is to go
     9    end 2           -> evicted a for b
     9    ask a no-load       -> refuse 5: invalid_request
 
-A ticket that may not load is no reason to retry a load without memory
-    a b | models_max=2
-    0    serve a 1
-    2    ask b           -> start b
-    2    ask b no-load
-    2    end 2
-    3    exited b starved       -> refuse 3: model_start_failed
-
 A changed model drains and is replaced, and its tickets wait
     a
     0    busy a
@@ -1758,7 +1750,7 @@ A keep_loaded model is evicted, and loaded again once it fits
     4    exited c        -> start a
     4    soonest a of a b c
     5    loaded b        -> grant 1
-    5    soonest b of x b a
+    5    soonest b of b a
     6    unload b
     6    soonest a of c b a
 
@@ -1961,7 +1953,7 @@ A removed model drains and stops, and its tickets are refused
     2    ask a           -> refuse 3: model_not_found
     3    end 1           -> reload a
     4    exited a
-    4    soonest b of a b
+    4    ask a           -> refuse 4: model_not_found
 
 A model removed and added again before it exited is replaced
     a
@@ -1986,16 +1978,6 @@ walk, stories = map(load_tool, ("walk", "stories"))
 BROKEN, STARVED, in_words = walk.BROKEN, walk.STARVED, walk.in_words
 World = walk.World
 STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
-
-
-def test_a_refusal_names_only_the_pins_that_are_in_the_way():
-    pinned = "embed(needs=1,is_pinned=1) big(needs=20,is_pinned_once_loaded=1)"
-    stage = stories.Story(f"{pinned} c(needs=8) | models_max=0 budget=24")
-    stage.tell(0, "serve embed 0")
-    stage.tell(0, "serve big 0")
-    stage.core.submit("c", 1.0)
-    [refusal], _ = stage.core.decide(1.0)
-    assert "beside the pinned big: unload" in str(refusal.problem)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
