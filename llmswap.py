@@ -2477,15 +2477,13 @@ def read_text_or_empty(path):
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
     the kernel does not tell, so that any listener is believed."""
-    exact, wild = set(), set()
+    inodes = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
             for address, inode in _listeners(family, port):
-                if address == b"\x7f\0\0\1":
-                    exact.add(inode)
-                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                    wild.add(inode)
-    return exact or wild
+                if not any(address) or address.endswith(b"\x7f\0\0\1"):
+                    inodes.add(inode)
+    return inodes
 
 
 def _listeners(family, port):
@@ -2525,14 +2523,8 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     return None
 
 
-class ProcessStat(NamedTuple):
-    """What /proc says: `start` is in ticks since boot, `resident` in pages."""
-
-    state: str
-    group: int
-    session: int
-    start: int
-    resident: int
+# What /proc says of a process: `start` in ticks since boot, `resident` in pages.
+ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
@@ -2550,6 +2542,11 @@ def processes() -> Iterable[Tuple[int, ProcessStat]]:
             stat = process_stat(name) if name.isdigit() else None
             if stat:
                 yield int(name), stat
+
+
+def process_name(pid: int) -> str:
+    """Return the number and the name of a process, for people."""
+    return f"process {pid} ({read_text_or_empty(f'/proc/{pid}/comm').strip() or '?'})"
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2571,8 +2568,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
                 return "a process of another user"
         elif child_stat.session != owner.session and child_stat.group != owner.group:
             if not may_hide or owner.start < child_stat.start:
-                name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
-                return f"process {holder} ({name})"
+                return process_name(holder)
     return None
 
 
@@ -2596,7 +2592,7 @@ class Upstream:
         self.port = parts.port or (443 if self.is_tls else 80)
         self.authority = parts.netloc.rpartition("@")[2]
         self.base_path = parts.path.rstrip("/")
-        self._idle = collections.deque()
+        self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
@@ -2608,10 +2604,9 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        suspended = suspended_seconds()
-        if suspended > self._suspended + 1.0:
+        if not self.seen_within(math.inf):
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -2624,10 +2619,9 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        if self._tls is None:
-            import ssl
+        import ssl
 
-            self._tls = ssl.create_default_context()
+        self._tls = self._tls or ssl.create_default_context()
         names = {"server_hostname": self.host, "suppress_ragged_eofs": False}
         return self._tls.wrap_socket(sock, **names)
 
@@ -2659,10 +2653,7 @@ class Upstream:
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self.mark_alive()
-        if len(self._idle) >= IDLE_CONNECTIONS:
-            sock.close()
-        else:
-            self._idle.append(sock)
+        self._idle.append(sock)
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2833,7 +2824,7 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
-    deadline, guard = time.monotonic() + timeout, Guard.current or Guard()
+    guard, deadline, output = Guard.current or Guard(), time.monotonic() + timeout, None
     try:
         guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
@@ -2841,7 +2832,6 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         return None, f"{argv[0]}: {error.strerror}"
     guard.watch(process.pid)
     with process.stdout:
-        output = None
         while output is None:
             is_over = process.poll() is not None or until()
             is_over = is_over or time.monotonic() >= deadline
@@ -2880,11 +2870,11 @@ def options_of(binary: str) -> OptionTable:
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
             argv, no_log = [path, "--help"], subprocess.DEVNULL
             status, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            was_killed = status is None
-            table = None if was_killed else parse_help(text)
-            options = table or UNKNOWN_OPTIONS
-            pause = ASK_AGAIN_AFTER if was_killed else math.inf
-            _options[key] = options, time.monotonic() + pause
+            if status is None:
+                ask_again_at = time.monotonic() + ASK_AGAIN_AFTER
+            else:
+                options, ask_again_at = parse_help(text) or UNKNOWN_OPTIONS, math.inf
+            _options[key] = options, ask_again_at
         return options
 
 
@@ -2983,8 +2973,6 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    _lateness = "was not ready and showed no sign of progress"
-
     def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
         self.model = model
         self.upstream = upstream
@@ -3006,7 +2994,7 @@ class Backend:
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
         self._stranger = None  # the process that has its port, for people
-        self._own_inodes, self._may_hide = None, True  # of its listeners
+        self._own_inodes = None  # of its listeners
         self._sleep_poll, self._is_asleep = math.inf, False
         self._is_ready = self._is_stop_asked = self._is_kill_asked = False
         self._is_saving = False  # its context, though it is asked to stop
@@ -3113,9 +3101,6 @@ class Backend:
         self._progress_at = time.monotonic()
         return self._await_healthy()
 
-    def _abandon(self):
-        self._terminate()
-
     def _is_alive(self):
         return not self._is_stop_asked and not self._exited.is_set()
 
@@ -3156,11 +3141,11 @@ class Backend:
         `timeout` is for each part of the answer. `stop` and the end of the backend end
         it, too. A health check fails where another process listens.
         """
-        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
+        settings = self.model.settings
+        method, path, body = request or ("GET", settings.check_endpoint, "")
         headers = {"Connection": "close"}
-        if self.model.settings.proxy_key:
-            key = self.model.settings.proxy_key.encode()
-            headers["Authorization"] = b"Bearer " + key
+        if settings.proxy_key:
+            headers["Authorization"] = f"Bearer {settings.proxy_key}".encode()
         if body:
             headers["Content-Type"] = "application/json"
         sock = None
@@ -3194,7 +3179,7 @@ class Backend:
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self.model.settings.load_timeout or math.inf
-        self._began = self._looked_at = time.monotonic()
+        began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
         self._model_size, self._seen_activity = 0, set()
         while self._may_become_ready():
@@ -3210,11 +3195,11 @@ class Backend:
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
             if now >= self._progress_at + limit:
-                text = f"{self._title} {self._lateness} for {limit:g} s"
+                text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
-            self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
+            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
         return False
 
     def _look_at_load(self):
@@ -3248,8 +3233,6 @@ class Backend:
         while not is_answered and self._is_alive() and time.monotonic() < until:
             probe = self._probe(until - time.monotonic())
             is_answered = probe.status is not None
-            if getattr(probe.error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                is_answered = True  # we have no descriptor left: it is not to blame
             if not is_answered:
                 self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
@@ -3266,19 +3249,16 @@ class Backend:
         )
 
     def _is_listener_ours(self):
-        """Return whether its port is served by its processes; else name the stranger. A
-        listener that was once seen to be theirs may not hide later."""
+        """Whether its port is served by its own processes; else set `_stranger`."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
+        may_hide = self.model.kind != "llama-server"
         for _ in range(2):  # the first may be the child's, which has just ended
             self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes == self._own_inodes:
-                return True
-            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+            if inodes != self._own_inodes:
+                self._stranger = foreign_listener(inodes, self.pid, may_hide)
             if self._stranger is None:
                 self._own_inodes = inodes
-                if inodes and self._may_hide:
-                    self._may_hide = bool(foreign_listener(inodes, self.pid, False))
                 return True
         return False
 
@@ -3290,10 +3270,7 @@ class Backend:
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
             with contextlib.suppress(*MALFORMED):
                 row = json.loads(probe.body)["data"][0].items()
-                row = {name: value for name, value in row if value is not None}
-                parts = {**row.get("meta", {}), **row.get("architecture", {})}
-                set(parts.get("input_modalities", ()))  # raises if it is no list
-                entry = row
+                entry = {name: value for name, value in row if value is not None}
         self._listener.on_described(self, entry)
 
     # -- sleep
@@ -3326,7 +3303,9 @@ class Backend:
         elif not self._is_stop_asked:
             self._note("it did not wake up")
             self._is_ready = False
-            self._abandon()
+            self._terminate()
+            if self._probe(HEALTH_TIMEOUT).ok:  # it is remote, and its machine is awake
+                raise LoadFailed(f"{self._title} did not wake up")
             self._load_and_report()
 
     def _look_asleep(self):
@@ -3354,14 +3333,7 @@ class ProcessBackend(Backend):
         self._settle_timeout = settle_timeout
         self._process = None
         self._exit_status = None
-        self._lock = threading.Lock()  # of killing the group and reaping its leader
         self._partial_line = b""  # of its output: a line without an end
-
-    def stop(self, at_once=False):
-        """End it: within its stop timeout if it is loaded, else by a kill."""
-        super().stop(at_once)
-        if at_once or not (self._is_ready or self.model.settings.cmd_stop):
-            self._signal_group(signal.SIGKILL)
 
     # -- load
 
@@ -3372,7 +3344,8 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            may_repeat = is_healthy or self._stranger and self._is_port_chosen
+            is_port_chosen = self.upstream.port == self.port
+            may_repeat = is_healthy or self._stranger and is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
@@ -3382,36 +3355,26 @@ class ProcessBackend(Backend):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
         self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        try:
-            argv = self._command()
-            self.upstream = Upstream(model.url(str(self.port)))
-        except ConfigError as error:
-            raise LoadFailed(str(error)) from None
-        self._is_port_chosen = self.upstream.port == self.port
+        argv = self._command()
+        self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
-        self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
         self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         options = {"start_new_session": True, **output, **self._surroundings}
-        process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
-        self.pid = process.pid
+        self._process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
+        self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        with self._lock:
-            self._process = process
         try:
             start_thread(self._watch_process, "process")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
-        if self._is_stop_asked:  # `stop` may have come before there was a process
-            self.stop(self._is_kill_asked)
 
     def _command(self):
         return self.model.command(table_of(self.model), str(self.port))
@@ -3436,7 +3399,7 @@ class ProcessBackend(Backend):
                     poll.unregister(output)  # it has closed it
                 how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
                 has_exited = os.waitid(os.P_PID, self.pid, how) is not None
-            for _ in range(16):  # a pipe holds a megabyte; others may write for ever
+            for _ in range(128):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
             if self._partial_line:
@@ -3450,7 +3413,7 @@ class ProcessBackend(Backend):
     def _read_output(self, fd):
         """Return what could be read; None if there is nothing now, b"" at the end."""
         try:
-            data = os.read(fd, 65536)
+            data = os.read(fd, MAX_LINE // 2)
         except BlockingIOError:
             return None
         if data:
@@ -3462,21 +3425,14 @@ class ProcessBackend(Backend):
 
     def _take_lines(self, data):
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE:
+        if len(self._partial_line) > MAX_LINE // 2:
             lines, self._partial_line = [*lines, self._partial_line], b""
         for line in lines:
-            for start in range(0, len(line) or 1, MAX_LINE):
-                text = line[start : start + MAX_LINE].decode("utf-8", "replace")
-                self.lines.append(text.rstrip("\r"))
-                self._listener.on_line(self, self.lines[-1])
+            self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
+            self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
-        """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_alive = self._is_alive()
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_alive and is_early and not self._is_port_chosen:
-            self._stranger = None
-        return is_alive and not self._stranger
+        return self._is_alive() and not self._stranger
 
     # -- stop
 
@@ -3520,8 +3476,7 @@ class ProcessBackend(Backend):
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        with self._lock:
-            self._exit_status, self._process = process.wait(), None
+        self._exit_status, self._process = process.wait(), None
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
@@ -3530,9 +3485,8 @@ class ProcessBackend(Backend):
             settle(gpu_users, self._settle_timeout)
 
     def _signal_group(self, number):
-        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process is not None:  # else its number may be another's
-                os.killpg(self.pid, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
     def _failure(self):
         self._terminate()
@@ -3655,10 +3609,9 @@ class ContextStore:
         with self._lock:
             self._folders = {each.context_dir for each in config.models.values()} - {""}
             self._limit = config.settings.context_max
-            is_first = not self._root
             self._root = os.path.join(config.settings.state_dir, "context")
             with contextlib.suppress(OSError, *MALFORMED):
-                if is_first:
+                if not self._saved:
                     with open(f"{self._root}/manifest.json", "rb") as file:
                         rows = json.load(file).items()
                     self._saved = {path: _saved_context(*row) for path, row in rows}
@@ -3954,8 +3907,7 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
-        name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
-        return f"process {pid} ({name}) holds GPU memory"
+        return f"{process_name(pid)} holds GPU memory"
     use = max((use for use, in ask_gpus("use")), default=0)
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
@@ -4009,16 +3961,12 @@ def systemctl(unit: str, verb: str, *options: str) -> List[str]:
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. Takes seconds for each if systemd hangs, but
-    ends at `gives_up()`."""
-    running = set()
-    for unit in units:
-        argv = systemctl(unit, "is-active")
-        _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
-        if state in RUNNING:
-            running.add(unit)
-        if gives_up():
-            break
-    return running
+    ends soon once `gives_up()` is true."""
+
+    def state(unit):
+        return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
+
+    return {unit for unit in units if state(unit) in RUNNING}
 
 
 class UnitBackend(Backend):
@@ -4055,9 +4003,9 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show("MainPID", "ActiveState")
-        self.pid = int(shown.get("MainPID", self.pid or 0)) or None
-        return shown.get("ActiveState", "active") in RUNNING
+        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
+        self.pid = int(shown["MainPID"]) or None
+        return shown["ActiveState"] in RUNNING
 
     def _watch_unit(self, exited):
         """Wait, on a thread of its own, until its main process ends or, without one,
@@ -4095,35 +4043,32 @@ class UnitBackend(Backend):
         argv = systemctl(self.location, verb, *options)
         return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
 
-    def _show(self, *properties):
-        """Return what systemd says of the unit; nothing if it does not answer."""
-        _, text = self._systemctl("show", options=["-p", ",".join(properties)])
-        return dict(line.partition("=")[::2] for line in text.splitlines())
+    def _show(self, **defaults):
+        """Return these properties of the unit, the defaults if systemd is silent."""
+        _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
+        return {**defaults, **dict(row.partition("=")[::2] for row in text.split("\n"))}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
+        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show("MainPID", "ActiveState", "Result", "ExecMainStatus")
-            main, state = shown.get("MainPID"), shown.get("ActiveState", "unknown")
-            result = shown.get("Result", "unknown")
+            shown = self._show(**dict.fromkeys(properties, "unknown"))
+            main, state, result, status = (shown[name] for name in properties)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
             time.sleep(0.05)
-        status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
             runs_again = state in RUNNING and main not in ("0", str(self.pid))
             self._is_started = not runs_again
             event = "restarted" if runs_again else "stopped"
             self._note(f"{self.location} was {event} by somebody else")
             return None
-        if result == "success":
-            return self._end_error(f"it ended with status {status}")
-        if result == "oom-kill":
-            return self._end_error("killed by the kernel: out of memory")
+        killed = "killed by the kernel: out of memory"
+        reason = {"success": "it ended", "oom-kill": killed}.get(result, result)
         code = int(status) if result == "exit-code" else None
-        return self._end_error(f"{result}, status {status}", code)
+        return self._end_error(f"{reason}, status {status}", code)
 
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
@@ -4144,8 +4089,6 @@ WAKE_INTERVAL = 2.0  # s, from one magic packet to the next
 class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
-
-    _lateness = "did not answer"
 
     def __init__(self, model: Model, listener):
         super().__init__(model, listener, Upstream(model.url("")))
@@ -4197,12 +4140,6 @@ class RemoteBackend(Backend):
             except OSError as error:
                 self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
-
-    def _abandon(self):
-        """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        self._exited.clear()
-        if self._probe(HEALTH_TIMEOUT).ok:
-            raise LoadFailed(f"{self._title} did not wake up")
 
     def _failure(self):
         """It vanished, which is no failure."""
@@ -4366,7 +4303,6 @@ class Needs:
             self._known = self._read()
         except OSError as error:
             log("warning", f"{self._path} cannot be read: {error}")
-        self._estimating = threading.Lock()
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -4381,27 +4317,21 @@ class Needs:
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
         """Estimate what the model needs if nothing is known; return whether it did. It
-        may take 20 s; other threads that ask meanwhile wait, too."""
-        key = _command_key(model)
+        may take 20 s."""
+        key, source = _command_key(model), "llama-fit-params"
         if not model.has_auto_needs or key in self._known:
             return False
-        with self._estimating:
-            if key in self._known:
-                return False
-            amounts, source = {}, "llama-fit-params"
-            if model.kind == "llama-server":
-                amounts = fit_params_estimate(model)
-            if not amounts:
-                source = "file sizes"
-                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-                with contextlib.suppress(ConfigError):
-                    words = model.command(table_of(model), "0")
-                    size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
-                    amounts = {place: int(size), other: 0}
-            known = Known(model.name)
-            if any(amounts.values()):
-                known = Known(model.name, source, amounts)
-            return self._set(key, known)
+        amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
+        if not amounts:
+            source, place = "file sizes", "vram" if "vram" in budget else "ram"
+            with contextlib.suppress(ConfigError):
+                words = model.command(table_of(model), "0")
+                size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
+                amounts = {"vram": 0, "ram": 0, place: int(size)}
+        known = Known(model.name)
+        if any(amounts.values()):
+            known = Known(model.name, source, amounts)
+        return self._set(key, known)
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
