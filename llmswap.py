@@ -2513,7 +2513,7 @@ def _listeners(family, port):
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    for pid in itertools.chain(likely, (pid for pid, _ in processes())):
+    for pid in itertools.chain(likely, processes()):
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2535,13 +2535,21 @@ def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
 
 
-def processes() -> Iterable[Tuple[int, ProcessStat]]:
-    """Yield each process there is; none without /proc."""
+def processes() -> List[int]:
+    """Return all processes there are; none without /proc."""
     with contextlib.suppress(OSError):  # not Linux, or no descriptor is left
-        for name in os.listdir("/proc"):
-            stat = process_stat(name) if name.isdigit() else None
-            if stat:
-                yield int(name), stat
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return []
+
+
+def group_members(group: int) -> Set[int]:
+    """Return the processes of a process group, the dead that are not reaped, too."""
+    members = set()
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == group:
+                members.add(pid)
+    return members
 
 
 def process_name(pid: int) -> str:
@@ -2566,7 +2574,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
-        elif child_stat.session != owner.session and child_stat.group != owner.group:
+        elif child_stat.session != owner.session:
             if not may_hide or owner.start < child_stat.start:
                 return process_name(holder)
     return None
@@ -2689,10 +2697,10 @@ def set_socket_timeouts(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+def await_event(file, event: int, seconds: float) -> bool:
     """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, event)
+    waiter.register(file, event)
     return bool(waiter.poll(seconds * 1000))
 
 
@@ -3091,7 +3099,6 @@ class Backend:
     def _load_and_report(self):
         self._is_ready = self._load()
         if self._is_ready:
-            self.upstream.mark_alive()
             self._report_loaded()
 
     def _load(self):
@@ -3211,7 +3218,7 @@ class Backend:
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
         self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = descendants(self.pid) if self.pid else []
+        family = group_members(self.pid) if self.pid else ()
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
@@ -3469,7 +3476,7 @@ class ProcessBackend(Backend):
     def _reap(self):
         """Kill the whole group, then reap its leader."""
         process = self._process
-        gpu_users = group_members(self.pid) if has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
@@ -3522,12 +3529,8 @@ def _is_group_alive(group):
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass  # its orphans are our children where we are process 1
-    try:
-        os.killpg(group, 0)
-    except OSError:
-        return False
-    states = [stat.state for _, stat in processes() if stat.group == group]
-    return any(state not in "ZX" for state in states)
+    stats = filter(None, map(process_stat, group_members(group)))
+    return any(stat.state not in "ZX" for stat in stats)
 
 
 def memory_of(pid: int) -> Dict[str, int]:
@@ -3628,10 +3631,9 @@ class ContextStore:
     def pop(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
-                self._update()
-            return saved or SavedContext()
+            saved = self._saved.pop(folder, SavedContext())
+            self._update()
+            return saved
 
     def put(self, folder: str, context: SavedContext):
         """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
@@ -3884,11 +3886,6 @@ _GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their 
 }  # fmt: skip
 
 
-def has_gpu_tool() -> bool:
-    """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, _GPU_QUERIES["use"]))
-
-
 def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
@@ -3912,11 +3909,6 @@ def gpu_occupant() -> Optional[str]:
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 
-def group_members(group: int) -> Set[int]:
-    """Return the processes of a process group, the dead that are not reaped, too."""
-    return {pid for pid, stat in processes() if stat.group == group}
-
-
 def settle(pids: Set[int], timeout: float):
     """Wait until none of these processes holds GPU memory, `timeout` at most."""
     deadline = time.monotonic() + timeout
@@ -3929,7 +3921,7 @@ def settle(pids: Set[int], timeout: float):
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     sizes = collections.Counter()
-    for _, stat in processes():
+    for stat in filter(None, map(process_stat, processes())):
         sizes[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return sizes
 
@@ -4011,13 +4003,11 @@ class UnitBackend(Backend):
         """Wait, on a thread of its own, until its main process ends or, without one,
         systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
-            interval = UNIT_POLL if self._is_ready else 1.0
-            if exited.wait(interval) or not self._is_active():
+            if exited.wait(UNIT_POLL) or not self._is_active():
                 break
         if fd is not None:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll()
+            while not await_event(fd, select.POLLIN, MAX_WAIT):
+                pass
             os.close(fd)
         exited.set()
         self._interrupt()
@@ -4026,7 +4016,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
+        gpu_users = group_members(self.pid) if self.pid else set()
         if not self._is_ready:
             self._systemctl("kill", options=["--signal=KILL"])
         timeout = self.model.settings.stop_timeout
@@ -4154,15 +4144,6 @@ class RemoteBackend(Backend):
 
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
-
-
-def descendants(pid: int) -> List[int]:
-    """Return the process and its descendants, as far as the kernel tells."""
-    family = [pid]
-    for each in family:  # it grows meanwhile
-        children = read_text_or_empty(f"/proc/{each}/task/{each}/children")
-        family += map(int, children.split())
-    return family
 
 
 def model_file_size(pid: int) -> int:
@@ -4431,8 +4412,7 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        is_waiting = os.O_NONBLOCK  # it may be a pipe
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+        with open(path, "rb") as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}

@@ -2203,7 +2203,7 @@ def script(folder, text, name="script"):
 
 
 def has_group(group):
-    stats = [stat for _, stat in llmswap.processes() if stat.group == group]
+    stats = filter(None, map(llmswap.process_stat, llmswap.group_members(group)))
     return any(stat.state != "Z" for stat in stats)
 
 
