@@ -2441,7 +2441,6 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
 PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
-MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
@@ -3038,12 +3037,7 @@ class Backend:
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
-        if self._ended.is_set():
-            return False
-        if not self.upstream.seen_within(math.inf):  # this machine was suspended
-            if not self._probe(HEALTH_TIMEOUT).ok:
-                self.report_stall()
-        return True
+        return not self._ended.is_set()
 
     def record_answer(self, usage):
         """A request was answered: see LlamaServerBackend."""
@@ -3229,7 +3223,7 @@ class Backend:
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
-            share = min(MAX_BEFORE_READY, round(memory / self._model_size, 3))
+            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3238,8 +3232,7 @@ class Backend:
         limit, is_answered = self.model.settings.hang_timeout, False
         until = self._silent_since + limit
         while not is_answered and self._is_alive() and time.monotonic() < until:
-            probe = self._probe(until - time.monotonic())
-            is_answered = probe.status is not None
+            is_answered = self._probe(until - time.monotonic()).status is not None
             if not is_answered:
                 self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
@@ -3399,13 +3392,11 @@ class ProcessBackend(Backend):
         if exit_fd is not None:
             poll.register(exit_fd, select.POLLIN)
         try:
-            has_exited = False
-            while not has_exited:
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
+            while os.waitid(os.P_PID, self.pid, how) is None:
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
-                has_exited = os.waitid(os.P_PID, self.pid, how) is not None
             for _ in range(128):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
@@ -3516,8 +3507,7 @@ class ProcessBackend(Backend):
 
 
 def open_pidfd(pid: int) -> Optional[int]:
-    """Return a descriptor that is readable once the process has ended, if there can be
-    one."""
+    """Return a descriptor that is readable once the process has ended, or None."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -3952,8 +3942,8 @@ def systemctl(unit: str, verb: str, *options: str) -> List[str]:
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units that run. Takes seconds for each if systemd hangs, but
-    ends soon once `gives_up()` is true."""
+    """Return those of the units that run, soon once `gives_up()`; takes seconds for
+    each if systemd hangs."""
 
     def state(unit):
         return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
@@ -3978,14 +3968,12 @@ class UnitBackend(Backend):
 
     def _spawn(self):
         limit = self.model.settings.load_timeout or math.inf
-        deadline = time.monotonic() + limit
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
             status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
-            if status is None and time.monotonic() >= deadline:
-                text = f"systemctl start took over {limit:g} s"
-                raise LoadTimeout(f"{self._title}: {text}")
+            if status is None and not (text or self._is_stop_asked):
+                raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
         self._exited = exited = threading.Event()  # not that of the last start's watch
@@ -4000,8 +3988,7 @@ class UnitBackend(Backend):
         return shown["ActiveState"] in RUNNING
 
     def _watch_unit(self, exited):
-        """Wait, on a thread of its own, until its main process ends or, without one,
-        systemd says so."""
+        """Wait until its main process ends or, without one, systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
             if exited.wait(UNIT_POLL) or not self._is_active():
                 break
@@ -4266,7 +4253,7 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`, which several llmswaps may share:
+    It is kept by command in `needs.json`:
 
         {"version": 1, "needs": {
             "1f0c...": {"model": "coder", "source": "measured",
@@ -4279,11 +4266,7 @@ class Needs:
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._known, self._is_saved = {}, True
-        try:
-            self._known = self._read()
-        except OSError as error:
-            log("warning", f"{self._path} cannot be read: {error}")
+        self._known, self._is_saved = self._read(), True
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -4297,8 +4280,7 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate what the model needs if nothing is known; return whether it did. It
-        may take 20 s."""
+        """Estimate the needs if none are known; return whether it did. Takes 20 s."""
         key, source = _command_key(model), "llama-fit-params"
         if not model.has_auto_needs or key in self._known:
             return False
@@ -4356,24 +4338,21 @@ class Needs:
             if self._is_saved:
                 return
             self._is_saved = True
-            fresh = f"{self._path}.{os.getpid()}"
+            needs = {key: row._asdict() for key, row in [*self._known.items()]
+                     if row.amounts and row.source != "out of memory"}
+            document = {"version": 1, "needs": needs}
             try:
-                rows = {key: row for key, row in self._known.items()
-                        if row.amounts and row.source != "out of memory"}
-                rows = {**self._read(), **rows}
-                needs = {key: row._asdict() for key, row in rows.items()}
-                document = {"version": 1, "needs": needs}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-                with open(fresh, "w", encoding="utf-8") as file:
+                with open(f"{self._path}.new", "w", encoding="utf-8") as file:
                     json.dump(document, file, indent=1)
-                os.replace(fresh, self._path)
+                os.replace(file.name, self._path)
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a malformed one is set aside. Raise OSError."""
+        """Return what the file holds; nothing if it cannot be read."""
+        rows = {}
         try:
-            rows = {}
             with open(self._path, encoding="utf-8") as file:
                 document = json.load(file)
             if document["version"] != 1:
@@ -4381,15 +4360,11 @@ class Needs:
             for key, row in document["needs"].items():
                 amounts = {name: int(size) for name, size in row["amounts"].items()}
                 rows[key] = Known(**{**row, "amounts": amounts})
-            return rows
         except FileNotFoundError:
-            return {}
-        except MALFORMED as error:
-            text = f"{self._path} cannot be read and is set aside: {error}"
-            self._log("warning", text)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.broken")
-            return {}
+            pass
+        except (OSError, *MALFORMED) as error:
+            self._log("warning", f"{self._path} cannot be read: {error}")
+        return rows
 
 
 def _command_key(model):
@@ -4473,16 +4448,14 @@ class Inspector:
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
         self._look = threading.Thread()  # the last look at files
-        self._lock = threading.Lock()
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        with self._lock:
-            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-            is_due = is_due or len(self._known(models)) < len(models)
-            if is_due and not self._look.is_alive():
-                self._looked_at = time.monotonic()
-                self._look = start_thread(self._inspect_all, "files", list(models))
+        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+        is_due = is_due or len(self._known(models)) < len(models)
+        if is_due and not self._look.is_alive():
+            self._look = start_thread(self._inspect_all, "files", list(models))
+            self._looked_at = time.monotonic()
         self._look.join(LOOK_TIMEOUT)
         return {**{model.name: Details() for model in models}, **self._known(models)}
 
@@ -4533,8 +4506,8 @@ class Inspector:
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
 #    backend's thread, resolve a future). No sleep and no I/O that may block under it,
-#    and no other lock but those of a queue, a future, a Broadcast or a backend's
-#    process, which no thread holds while it waits.
+#    and no other lock but those of a queue, a future or a Broadcast, which no thread
+#    holds while it waits.
 # ==================================================================================
 
 

@@ -4070,8 +4070,6 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
         assert server.chat("far").status == server.chat("near").status == 200
         before = machine.stats()
         with server.connect() as client:
-            asked = client.ask("GET", "/upstream/near/stats").json()["health"]
-            # its thread has released near's connection once it answers again
             eventually(lambda: client.ask("GET", "/health").json()["requests"] == 0)
         server.process.send_signal(signal.SIGSTOP)
         machine.process.send_signal(signal.SIGSTOP)
@@ -4085,7 +4083,6 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
         after = machine.stats()
         assert after["requests"] == before["requests"] + 1
         assert after["health"] == before["health"] + 1
-        assert server.stats("near")["health"] == asked + 1
         assert set(after["ports"]).isdisjoint(before["ports"])
 
 
@@ -8589,15 +8586,15 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     assert origin == ("measured" if then else source)
 
 
-def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
+def test_what_is_known_is_kept_by_command(tmp_path):
     folder = tmp_path / "state"
     one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
-    first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
-    assert first.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
-    for needs, model in ((first, one), (second, two)):
+    needs = llmswap.Needs(str(folder), print)
+    assert needs.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
+    for model in (one, two):
         assert needs.learn(model, {"vram": GB, "ram": GB}, False, False)
         needs.save()
-    assert not first.learn(one, {"vram": GB}, False, False)
+    assert not needs.learn(one, {"vram": GB}, False, False)
     fresh = llmswap.Needs(str(folder), print)
     for model in (one, two):
         assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
@@ -8618,7 +8615,7 @@ BROKEN_NEEDS = [
 ]  # fmt: skip
 
 
-def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
+def test_a_file_of_needs_that_is_broken_or_lost_is_a_warning(tmp_path):
     path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
     for text in (*BROKEN_NEEDS, None):
         folder = tmp_path if text is not None else "/proc/nowhere"
@@ -8630,15 +8627,13 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
         assert level == "warning"
         log.clear()
         if text is not None:
-            assert "cannot be read and is set aside: " in message
-            aside = tmp_path / "needs.json.broken"
-            assert aside.read_text(encoding="latin-1") == text
+            assert "cannot be read: " in message
             assert len(json.loads(path.read_text())["needs"]) == 1
-    path.unlink(), aside.unlink(), path.mkdir()  # it cannot be read, whole as it is
+    path.unlink(), path.mkdir()
     needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
-    assert len(log) == 2 and path.is_dir() and not aside.exists()
+    assert len(log) == 2 and path.is_dir()
 
 
 FIT_HELP = """\
