@@ -2541,7 +2541,7 @@ def processes() -> List[int]:
     return []
 
 
-def group_members(group: int) -> Set[int]:
+def group_members(group: Optional[int]) -> Set[int]:
     """Return the processes of a process group, the dead that are not reaped, too."""
     members = set()
     for pid in processes():
@@ -2830,7 +2830,7 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
+    options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
     guard, deadline, output = Guard.current or Guard(), time.monotonic() + timeout, None
     try:
         guard.start()
@@ -2875,8 +2875,7 @@ def options_of(binary: str) -> OptionTable:
         if time.monotonic() >= ask_again_at:
             ours = clean_environment({}).items()
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
-            argv, no_log = [path, "--help"], subprocess.DEVNULL
-            status, text = run_command(argv, 10.0, env=env, stderr=no_log)
+            status, text = run_command([path, "--help"], 10.0, env=env)
             if status is None:
                 ask_again_at = time.monotonic() + ASK_AGAIN_AFTER
             else:
@@ -2888,8 +2887,7 @@ def options_of(binary: str) -> OptionTable:
 def cached_models(binary: str) -> Optional[List[str]]:
     """Return llama.cpp's downloads, each as user/repo:TAG; None if the binary does not
     tell. It takes 10 s at most."""
-    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
-    status, text = run_command(argv, 10.0, stderr=no_log)
+    status, text = run_command([binary, "--cache-list"], 10.0)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else None
 
 
@@ -2992,6 +2990,7 @@ class Backend:
         self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
         self._title = model.name
+        self._load_timeout = model.settings.load_timeout or math.inf
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
@@ -3014,7 +3013,7 @@ class Backend:
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
-        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_kill_asked |= at_once
         self._is_stop_asked = True
         self._interrupt()
 
@@ -3142,7 +3141,7 @@ class Backend:
         `timeout` is for each part of the answer. `stop` and the end of the backend end
         it, too. A health check fails where another process listens.
         """
-        settings = self.model.settings
+        settings, timeout = self.model.settings, max(0.001, timeout)
         method, path, body = request or ("GET", settings.check_endpoint, "")
         headers = {"Connection": "close"}
         if settings.proxy_key:
@@ -3179,14 +3178,14 @@ class Backend:
     def _await_healthy(self):
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
-        limit = self.model.settings.load_timeout or math.inf
+        limit = self._load_timeout
         began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
         self._model_size, self._seen_activity = 0, set()
         while self._may_become_ready():
             asked_at = time.monotonic()
-            timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
-            probe = self._probe(max(0.001, timeout))
+            left = self._progress_at + limit - asked_at
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
@@ -3212,7 +3211,7 @@ class Backend:
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
         self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = group_members(self.pid) if self.pid else ()
+        family = group_members(self.pid)
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
@@ -3277,11 +3276,8 @@ class Backend:
 
     def _probe_all(self, timeout, requests):
         """Send requests in order; return whether all were answered 200 in time."""
-        deadline = time.monotonic() + timeout
-        return all(
-            self._probe(max(0.001, deadline - time.monotonic()), request).ok
-            for request in requests
-        )
+        end = time.monotonic() + timeout
+        return all(self._probe(end - time.monotonic(), each).ok for each in requests)
 
     def _put_to_sleep(self):
         if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
@@ -3291,10 +3287,9 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        limit = self.model.settings.load_timeout or math.inf
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(limit, MAX_WAIT), requests):
+        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         self._is_asleep = False
@@ -3331,8 +3326,7 @@ class ProcessBackend(Backend):
         self.lines = collections.deque(maxlen=200)
         self._guard = guard
         self._settle_timeout = settle_timeout
-        self._process = None
-        self._exit_status = None
+        self._process = None  # the last that was started
         self._partial_line = b""  # of its output: a line without an end
 
     # -- load
@@ -3354,7 +3348,8 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
+        cwd, output = model.settings.cwd or None, subprocess.STDOUT
+        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
         argv = self._command()
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
@@ -3364,9 +3359,9 @@ class ProcessBackend(Backend):
         self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        options = {"start_new_session": True, **output, **self._surroundings}
-        self._process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
+        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE}
+        options = {"start_new_session": True, **files, **self._surroundings}
+        self._process = subprocess.Popen(argv, **options)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
@@ -3436,7 +3431,7 @@ class ProcessBackend(Backend):
 
     def _terminate(self):
         """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             return
         self.upstream.close()
         status, timeout = None, self.model.settings.stop_timeout
@@ -3466,7 +3461,6 @@ class ProcessBackend(Backend):
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
-        process = self._process
         gpu_users = group_members(self.pid)
         self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
@@ -3474,11 +3468,11 @@ class ProcessBackend(Backend):
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        self._exit_status, self._process = process.wait(), None
+        self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        process.stdout.close()
+        self._process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
@@ -3488,7 +3482,7 @@ class ProcessBackend(Backend):
 
     def _failure(self):
         self._terminate()
-        status = self._exit_status
+        status = self._process.returncode
         why = f"exited with status {status}"
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
@@ -3519,6 +3513,10 @@ def _is_group_alive(group):
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass  # its orphans are our children where we are process 1
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
     stats = filter(None, map(process_stat, group_members(group)))
     return any(stat.state not in "ZX" for stat in stats)
 
@@ -3846,7 +3844,7 @@ class LlamaServerBackend(ProcessBackend):
         if path:
             body = json.dumps({"filename": os.path.basename(path)})
             request = "POST", target, body
-        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
+        probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
         text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
@@ -3883,8 +3881,7 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     rows = []
     for tool, (options, row, units) in _GPU_QUERIES[query].items():
         if shutil.which(tool):
-            command = [tool, *options]
-            _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
+            _, text = run_command([tool, *options], timeout)
             for match in re.finditer(row, text, re.MULTILINE):
                 cells = zip(match.groups("0"), units)
                 rows.append(tuple(int(cell) * unit for cell, unit in cells))
@@ -3967,7 +3964,7 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self.model.settings.load_timeout or math.inf
+        limit = self._load_timeout
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
@@ -4003,7 +4000,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        gpu_users = group_members(self.pid) if self.pid else set()
+        gpu_users = group_members(self.pid)
         if not self._is_ready:
             self._systemctl("kill", options=["--signal=KILL"])
         timeout = self.model.settings.stop_timeout
@@ -4018,7 +4015,8 @@ class UnitBackend(Backend):
 
     def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
         argv = systemctl(self.location, verb, *options)
-        return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
+        timeout = COMMAND_TIMEOUT if timeout is None else timeout
+        return run_command(argv, timeout, until, stderr=subprocess.STDOUT)
 
     def _show(self, **defaults):
         """Return these properties of the unit, the defaults if systemd is silent."""
@@ -4231,7 +4229,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
             command += [word, *itertools.islice(words, known[word])]
     command += ["-fitp", "on"]
     more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
-    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
+    _, text = run_command(command, TOOL_TIMEOUT, **more)
     rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
     for name, *megabytes in rows:
@@ -4253,20 +4251,16 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`:
-
-        {"version": 1, "needs": {
-            "1f0c...": {"model": "coder", "source": "measured",
-                        "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
-
-    Needs that were raised because memory ran out are not: a restart forgets them.
-    `log(level, text)` must not block. Only `estimate` and `save` do.
+    It is kept by command in `needs.json`, but what was raised because memory ran out: a
+    restart forgets that. `log(level, text)` must not block. Only `estimate` and `save`
+    do.
     """
 
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._known, self._is_saved = self._read(), True
+        self._saved = self._read()
+        self._known = dict(self._saved)
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -4327,19 +4321,20 @@ class Needs:
         self._set(key, Known(model.name, "out of memory", amounts))
 
     def _set(self, key, known):
-        if known == self._known.get(key):
-            return False
-        self._known[key], self._is_saved = known, False
-        return True
+        has_changed = known != self._known.get(key)
+        self._known[key] = known
+        return has_changed
 
     def save(self):
         """Write what has changed to the file."""
         with self._saving:
-            if self._is_saved:
+            rows = {key: row for key, row in [*self._known.items()]
+                    if row.amounts and row.source != "out of memory"}
+            rows = {**self._saved, **rows}
+            if rows == self._saved:
                 return
-            self._is_saved = True
-            needs = {key: row._asdict() for key, row in [*self._known.items()]
-                     if row.amounts and row.source != "out of memory"}
+            self._saved = rows
+            needs = {key: row._asdict() for key, row in rows.items()}
             document = {"version": 1, "needs": needs}
             try:
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
