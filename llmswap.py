@@ -3127,7 +3127,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(max(0.0, seconds), MAX_DURATION))
+        self._wakeup.wait(min(seconds, MAX_DURATION))
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -3237,11 +3237,12 @@ class Backend:
         self._silent_since = None
         is_answered = is_answered or self.upstream.seen_within(limit)
         if not is_answered and self._is_alive():
-            self._give_up(limit)
+            self._give_up()
 
-    def _give_up(self, limit):
+    def _give_up(self):
         self._is_ready = False  # it is killed, as it would not hear a SIGTERM
         self._report_death()
+        limit = self.model.settings.hang_timeout
         raise LoadFailed(
             f"{self._title} hung: neither a request nor {limit:g} s of health "
             f"checks were answered; it is stopped{self._last_lines()}"
@@ -3405,10 +3406,9 @@ class ProcessBackend(Backend):
 
     def _read_output(self, fd):
         """Return what could be read; None if there is nothing now, b"" at the end."""
-        try:
+        data = None
+        with contextlib.suppress(BlockingIOError):
             data = os.read(fd, MAX_LINE // 2)
-        except BlockingIOError:
-            return None
         if data:
             self._take_lines(data)
             self._progress_at = time.monotonic()
@@ -3477,7 +3477,7 @@ class ProcessBackend(Backend):
             settle(gpu_users, self._settle_timeout)
 
     def _signal_group(self, number):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(OSError):
             os.killpg(self.pid, number)
 
     def _failure(self):
@@ -3826,11 +3826,9 @@ class LlamaServerBackend(ProcessBackend):
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
-        name = re.escape(self._files + folder_name(self.model.name))
-        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
-        with contextlib.suppress(OSError):
-            paths = {each.path for each in os.scandir(self._files)}
-            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
+        name = glob.escape(self._files + folder_name(self.model.name))
+        paths = glob.glob(f"{name}.[0-9]*.{'[0-9a-f]' * 8}")
+        discard(set(paths) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -4078,7 +4076,7 @@ class RemoteBackend(Backend):
         trusted = math.inf if self.upstream.is_busy else FRESH
         if self.upstream.seen_within(trusted) or self._probe(HEALTH_TIMEOUT).ok:
             return True
-        self._lose()
+        self._give_up()
         return False if self._ended.wait(POLL_INTERVAL) else None
 
     def died(self, timeout: float) -> bool:
@@ -4087,13 +4085,10 @@ class RemoteBackend(Backend):
         is_refused = probe.error is not None and not probe.timed_out
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
-            self._lose()
+            self._give_up()
         return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
 
-    def _give_up(self, limit):
-        self._lose()
-
-    def _lose(self):
+    def _give_up(self):
         self._exited.set()
         self._wakeup.set()
 
