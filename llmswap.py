@@ -3722,9 +3722,8 @@ class LlamaServerBackend(ProcessBackend):
         """Return what changes with the command, its environment, binary or models."""
         cwd = self.model.settings.cwd
         paths = [find_program(argv[0], self._surroundings["env"], cwd)]
-        for option, path in zip(argv, argv[1:]):
-            if option == "--model" or path.endswith(".gguf"):
-                paths.append(os.path.join(cwd, path))
+        paths += [os.path.join(cwd, path) for option, path in zip(argv, argv[1:])
+                  if option == "--model" or path.endswith(".gguf")]
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
         files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
@@ -4160,11 +4159,11 @@ def machine_budget(is_own: Callable[[int], bool] = lambda pid: False) -> Dict[st
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget = {"ram": int(memory * RAM_SHARE)}
     sizes = ask_gpus("sizes", TOOL_TIMEOUT)
-    if not sizes:
-        return budget
-    own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
-    free = sum(total - used - GPU_RESERVE for total, used in sizes)
-    return {"vram": max(1, free + own), **budget}
+    if sizes:
+        own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
+        free = sum(total - used - GPU_RESERVE for total, used in sizes)
+        budget["vram"] = max(1, free + own)
+    return budget
 
 
 def belongs_to(pid: int, groups: Set[int], units: Set[str]) -> bool:
