@@ -2978,18 +2978,18 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
+    def __init__(self, model: Model, listener, place: str = ""):
         self.model = model
-        self.upstream = upstream
+        self.upstream = Upstream(model.url("")) if place else None
         self.pid = None  # of its main process, once known
-        self.port = upstream and upstream.port
-        self.location = None  # pid and port, unit or URL, for people
+        self.port = self.upstream and self.upstream.port
+        self.location = place  # pid and port, unit or URL, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
-        self._title = model.name
+        self._title = f"{model.name} ({place})" if place else model.name
         self._load_timeout = model.settings.load_timeout or math.inf
         self._wakeup = threading.Event()
         self._exited = threading.Event()
@@ -3635,10 +3635,7 @@ class ContextStore:
             if folder not in self._folders or size > self._limit:
                 del self._saved[folder]
                 discard(path for _, path, _ in context.slots)
-        path = f"{self._root}/manifest.json"
-        with open(f"{path}.new", "w", opener=open_private) as file:
-            json.dump(self._saved, file)
-        os.replace(file.name, path)
+        write_json(f"{self._root}/manifest.json", self._saved)
 
 
 def _saved_context(command, speed, size, slots):
@@ -3647,9 +3644,14 @@ def _saved_context(command, speed, size, slots):
     return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
-def open_private(path: str, flags: int) -> int:
-    """Open a file that only this user may read, if it is new."""
-    return os.open(path, flags, 0o600)
+open_private = functools.partial(os.open, mode=0o600)  # by this user, if it is new
+
+
+def write_json(path: str, value):
+    """Replace a file at once by one that only this user may read. Raise OSError."""
+    with open(f"{path}.new", "w", opener=open_private) as file:
+        json.dump(value, file, indent=1)
+    os.replace(file.name, path)
 
 
 def discard(paths: Iterable[str]):
@@ -3949,9 +3951,7 @@ class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
     def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.settings.unit
-        self._title = f"{model.name} ({self.location})"
+        super().__init__(model, listener, model.settings.unit)
         self._settle_timeout = settle_timeout
         self._is_started = False
 
@@ -4063,9 +4063,7 @@ class RemoteBackend(Backend):
     problem: it is asleep, not broken."""
 
     def __init__(self, model: Model, listener):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.url("")
-        self._title = f"{model.name} at {self.location}"
+        super().__init__(model, listener, model.url(""))
         self._next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
@@ -4329,12 +4327,9 @@ class Needs:
                 return
             self._saved = rows
             needs = {key: row._asdict() for key, row in rows.items()}
-            document = {"version": 1, "needs": needs}
             try:
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-                with open(f"{self._path}.new", "w", encoding="utf-8") as file:
-                    json.dump(document, file, indent=1)
-                os.replace(file.name, self._path)
+                write_json(self._path, {"version": 1, "needs": needs})
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
