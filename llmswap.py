@@ -2283,7 +2283,6 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
 PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
-MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
@@ -2319,15 +2318,13 @@ def read_text_or_empty(path):
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
     the kernel does not tell, so that any listener is believed."""
-    exact, wild = set(), set()
+    inodes = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
             for address, inode in _listeners(family, port):
-                if address == b"\x7f\0\0\1":
-                    exact.add(inode)
-                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                    wild.add(inode)
-    return exact or wild
+                if not any(address) or address.endswith(b"\x7f\0\0\1"):
+                    inodes.add(inode)
+    return inodes
 
 
 def _listeners(family, port):
@@ -2357,7 +2354,7 @@ def _listeners(family, port):
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    for pid in itertools.chain(likely, (pid for pid, _ in processes())):
+    for pid in itertools.chain(likely, processes()):
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2367,14 +2364,8 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     return None
 
 
-class ProcessStat(NamedTuple):
-    """What /proc says: `start` is in ticks since boot, `resident` in pages."""
-
-    state: str
-    group: int
-    session: int
-    start: int
-    resident: int
+# What /proc says of a process: `start` in ticks since boot, `resident` in pages.
+ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
@@ -2385,13 +2376,26 @@ def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
 
 
-def processes() -> Iterable[Tuple[int, ProcessStat]]:
-    """Yield each process there is; none without /proc."""
+def processes() -> List[int]:
+    """Return all processes there are; none without /proc."""
     with contextlib.suppress(OSError):  # not Linux, or no descriptor is left
-        for name in os.listdir("/proc"):
-            stat = process_stat(name) if name.isdigit() else None
-            if stat:
-                yield int(name), stat
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return []
+
+
+def group_members(group: Optional[int]) -> Set[int]:
+    """Return the processes of a process group, the dead that are not reaped, too."""
+    members = set()
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == group:
+                members.add(pid)
+    return members
+
+
+def process_name(pid: int) -> str:
+    """Return the number and the name of a process, for people."""
+    return f"process {pid} ({read_text_or_empty(f'/proc/{pid}/comm').strip() or '?'})"
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2411,10 +2415,9 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
-        elif child_stat.session != owner.session and child_stat.group != owner.group:
+        elif child_stat.session != owner.session:
             if not may_hide or owner.start < child_stat.start:
-                name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
-                return f"process {holder} ({name})"
+                return process_name(holder)
     return None
 
 
@@ -2438,7 +2441,7 @@ class Upstream:
         self.port = parts.port or (443 if self.is_tls else 80)
         self.authority = parts.netloc.rpartition("@")[2]
         self.base_path = parts.path.rstrip("/")
-        self._idle = collections.deque()
+        self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
@@ -2450,10 +2453,9 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        suspended = suspended_seconds()
-        if suspended > self._suspended + 1.0:
+        if not self.seen_within(math.inf):
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -2466,10 +2468,9 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        if self._tls is None:
-            import ssl
+        import ssl
 
-            self._tls = ssl.create_default_context()
+        self._tls = self._tls or ssl.create_default_context()
         names = {"server_hostname": self.host, "suppress_ragged_eofs": False}
         return self._tls.wrap_socket(sock, **names)
 
@@ -2501,10 +2502,7 @@ class Upstream:
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self.mark_alive()
-        if len(self._idle) >= IDLE_CONNECTIONS:
-            sock.close()
-        else:
-            self._idle.append(sock)
+        self._idle.append(sock)
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2540,10 +2538,10 @@ def set_socket_timeouts(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+def await_event(file, event: int, seconds: float) -> bool:
     """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, event)
+    waiter.register(file, event)
     return bool(waiter.poll(seconds * 1000))
 
 
@@ -2674,8 +2672,8 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
-    deadline, guard = time.monotonic() + timeout, Guard.current or Guard()
+    options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
+    guard, deadline, output = Guard.current or Guard(), time.monotonic() + timeout, None
     try:
         guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
@@ -2683,7 +2681,6 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         return None, f"{argv[0]}: {error.strerror}"
     guard.watch(process.pid)
     with process.stdout:
-        output = None
         while output is None:
             is_over = process.poll() is not None or until()
             is_over = is_over or time.monotonic() >= deadline
@@ -2720,21 +2717,19 @@ def options_of(binary: str) -> OptionTable:
         if time.monotonic() >= ask_again_at:
             ours = clean_environment({}).items()
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
-            argv, no_log = [path, "--help"], subprocess.DEVNULL
-            status, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            was_killed = status is None
-            table = None if was_killed else parse_help(text)
-            options = table or UNKNOWN_OPTIONS
-            pause = ASK_AGAIN_AFTER if was_killed else math.inf
-            _options[key] = options, time.monotonic() + pause
+            status, text = run_command([path, "--help"], 10.0, env=env)
+            if status is None:
+                ask_again_at = time.monotonic() + ASK_AGAIN_AFTER
+            else:
+                options, ask_again_at = parse_help(text) or UNKNOWN_OPTIONS, math.inf
+            _options[key] = options, ask_again_at
         return options
 
 
 def cached_models(binary: str) -> Optional[List[str]]:
     """Return llama.cpp's downloads, each as user/repo:TAG; None if the binary does not
     tell. It takes 10 s at most."""
-    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
-    status, text = run_command(argv, 10.0, stderr=no_log)
+    status, text = run_command([binary, "--cache-list"], 10.0)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else None
 
 
@@ -2825,20 +2820,19 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    _lateness = "was not ready and showed no sign of progress"
-
-    def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
+    def __init__(self, model: Model, listener, place: str = ""):
         self.model = model
-        self.upstream = upstream
+        self.upstream = Upstream(model.url("")) if place else None
         self.pid = None  # of its main process, once known
-        self.port = upstream and upstream.port
-        self.location = None  # pid and port, unit or URL, for people
+        self.port = self.upstream and self.upstream.port
+        self.location = place  # pid and port, unit or URL, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
-        self._title = model.name
+        self._title = f"{model.name} ({place})" if place else model.name
+        self._load_timeout = model.settings.load_timeout or math.inf
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
@@ -2848,7 +2842,7 @@ class Backend:
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
         self._stranger = None  # the process that has its port, for people
-        self._own_inodes, self._may_hide = None, True  # of its listeners
+        self._own_inodes = None  # of its listeners
         self._sleep_poll, self._is_asleep = math.inf, False
         self._is_ready = self._is_stop_asked = self._is_kill_asked = False
         self._is_saving = False  # its context, though it is asked to stop
@@ -2861,7 +2855,7 @@ class Backend:
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
-        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_kill_asked |= at_once
         self._is_stop_asked = True
         self._interrupt()
 
@@ -2884,12 +2878,7 @@ class Backend:
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
-        if self._ended.is_set():
-            return False
-        if not self.upstream.seen_within(math.inf):  # this machine was suspended
-            if not self._probe(HEALTH_TIMEOUT).ok:
-                self.report_stall()
-        return True
+        return not self._ended.is_set()
 
     def record_answer(self, usage):
         """A request was answered: see LlamaServerBackend."""
@@ -2945,7 +2934,6 @@ class Backend:
     def _load_and_report(self):
         self._is_ready = self._load()
         if self._is_ready:
-            self.upstream.mark_alive()
             self._report_loaded()
 
     def _load(self):
@@ -2954,9 +2942,6 @@ class Backend:
         self._spawn()
         self._progress_at = time.monotonic()
         return self._await_healthy()
-
-    def _abandon(self):
-        self._terminate()
 
     def _is_alive(self):
         return not self._is_stop_asked and not self._exited.is_set()
@@ -2984,7 +2969,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(max(0.0, seconds), MAX_DURATION))
+        self._wakeup.wait(min(seconds, MAX_DURATION))
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -2998,11 +2983,11 @@ class Backend:
         `timeout` is for each part of the answer. `stop` and the end of the backend end
         it, too. A health check fails where another process listens.
         """
-        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
+        settings, timeout = self.model.settings, max(0.001, timeout)
+        method, path, body = request or ("GET", settings.check_endpoint, "")
         headers = {"Connection": "close"}
-        if self.model.settings.proxy_key:
-            key = self.model.settings.proxy_key.encode()
-            headers["Authorization"] = b"Bearer " + key
+        if settings.proxy_key:
+            headers["Authorization"] = f"Bearer {settings.proxy_key}".encode()
         if body:
             headers["Content-Type"] = "application/json"
         sock = None
@@ -3035,14 +3020,14 @@ class Backend:
     def _await_healthy(self):
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
-        limit = self.model.settings.load_timeout or math.inf
-        self._began = self._looked_at = time.monotonic()
+        limit = self._load_timeout
+        began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
         self._model_size, self._seen_activity = 0, set()
         while self._may_become_ready():
             asked_at = time.monotonic()
-            timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
-            probe = self._probe(max(0.001, timeout))
+            left = self._progress_at + limit - asked_at
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
@@ -3052,11 +3037,11 @@ class Backend:
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
             if now >= self._progress_at + limit:
-                text = f"{self._title} {self._lateness} for {limit:g} s"
+                text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
-            self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
+            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
         return False
 
     def _look_at_load(self):
@@ -3068,7 +3053,7 @@ class Backend:
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
         self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = descendants(self.pid) if self.pid else []
+        family = group_members(self.pid)
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
@@ -3079,7 +3064,7 @@ class Backend:
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
-            share = min(MAX_BEFORE_READY, round(memory / self._model_size, 3))
+            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3088,39 +3073,34 @@ class Backend:
         limit, is_answered = self.model.settings.hang_timeout, False
         until = self._silent_since + limit
         while not is_answered and self._is_alive() and time.monotonic() < until:
-            probe = self._probe(until - time.monotonic())
-            is_answered = probe.status is not None
-            if getattr(probe.error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                is_answered = True  # we have no descriptor left: it is not to blame
+            is_answered = self._probe(until - time.monotonic()).status is not None
             if not is_answered:
                 self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
         is_answered = is_answered or self.upstream.seen_within(limit)
         if not is_answered and self._is_alive():
-            self._give_up(limit)
+            self._give_up()
 
-    def _give_up(self, limit):
+    def _give_up(self):
         self._is_ready = False  # it is killed, as it would not hear a SIGTERM
         self._report_death()
+        limit = self.model.settings.hang_timeout
         raise LoadFailed(
             f"{self._title} hung: neither a request nor {limit:g} s of health "
             f"checks were answered; it is stopped{self._last_lines()}"
         )
 
     def _is_listener_ours(self):
-        """Return whether its port is served by its processes; else name the stranger. A
-        listener that was once seen to be theirs may not hide later."""
+        """Whether its port is served by its own processes; else set `_stranger`."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
+        may_hide = self.model.kind != "llama-server"
         for _ in range(2):  # the first may be the child's, which has just ended
             self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes == self._own_inodes:
-                return True
-            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+            if inodes != self._own_inodes:
+                self._stranger = foreign_listener(inodes, self.pid, may_hide)
             if self._stranger is None:
                 self._own_inodes = inodes
-                if inodes and self._may_hide:
-                    self._may_hide = bool(foreign_listener(inodes, self.pid, False))
                 return True
         return False
 
@@ -3132,21 +3112,15 @@ class Backend:
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
             with contextlib.suppress(*MALFORMED):
                 row = json.loads(probe.body)["data"][0].items()
-                row = {name: value for name, value in row if value is not None}
-                parts = {**row.get("meta", {}), **row.get("architecture", {})}
-                set(parts.get("input_modalities", ()))  # raises if it is no list
-                entry = row
+                entry = {name: value for name, value in row if value is not None}
         self._listener.on_described(self, entry)
 
     # -- sleep
 
     def _probe_all(self, timeout, requests):
         """Send requests in order; return whether all were answered 200 in time."""
-        deadline = time.monotonic() + timeout
-        return all(
-            self._probe(max(0.001, deadline - time.monotonic()), request).ok
-            for request in requests
-        )
+        end = time.monotonic() + timeout
+        return all(self._probe(end - time.monotonic(), each).ok for each in requests)
 
     def _put_to_sleep(self):
         if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
@@ -3156,10 +3130,9 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        limit = self.model.settings.load_timeout or math.inf
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(limit, MAX_WAIT), requests):
+        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         self._is_asleep = False
@@ -3168,7 +3141,9 @@ class Backend:
         elif not self._is_stop_asked:
             self._note("it did not wake up")
             self._is_ready = False
-            self._abandon()
+            self._terminate()
+            if self._probe(HEALTH_TIMEOUT).ok:  # it is remote, and its machine is awake
+                raise LoadFailed(f"{self._title} did not wake up")
             self._load_and_report()
 
     def _look_asleep(self):
@@ -3194,16 +3169,8 @@ class ProcessBackend(Backend):
         self.lines = collections.deque(maxlen=200)
         self._guard = guard
         self._settle_timeout = settle_timeout
-        self._process = None
-        self._exit_status = None
-        self._lock = threading.Lock()  # of killing the group and reaping its leader
+        self._process = None  # the last that was started
         self._partial_line = b""  # of its output: a line without an end
-
-    def stop(self, at_once=False):
-        """End it: within its stop timeout if it is loaded, else by a kill."""
-        super().stop(at_once)
-        if at_once or not (self._is_ready or self.model.settings.cmd_stop):
-            self._signal_group(signal.SIGKILL)
 
     # -- load
 
@@ -3214,7 +3181,8 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            may_repeat = is_healthy or self._stranger and self._is_port_chosen
+            is_port_chosen = self.upstream.port == self.port
+            may_repeat = is_healthy or self._stranger and is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
@@ -3223,37 +3191,28 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        try:
-            argv = self._command()
-            self.upstream = Upstream(model.url(str(self.port)))
-        except ConfigError as error:
-            raise LoadFailed(str(error)) from None
-        self._is_port_chosen = self.upstream.port == self.port
+        cwd, output = model.settings.cwd or None, subprocess.STDOUT
+        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
+        argv = self._command()
+        self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
-        self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
         self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        options = {"start_new_session": True, **output, **self._surroundings}
-        process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
-        self.pid = process.pid
+        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE}
+        options = {"start_new_session": True, **files, **self._surroundings}
+        self._process = subprocess.Popen(argv, **options)
+        self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        with self._lock:
-            self._process = process
         try:
             start_thread(self._watch_process, "process")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
-        if self._is_stop_asked:  # `stop` may have come before there was a process
-            self.stop(self._is_kill_asked)
 
     def _command(self):
         return self.model.command(table_of(self.model), str(self.port))
@@ -3271,14 +3230,12 @@ class ProcessBackend(Backend):
         if exit_fd is not None:
             poll.register(exit_fd, select.POLLIN)
         try:
-            has_exited = False
-            while not has_exited:
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
+            while os.waitid(os.P_PID, self.pid, how) is None:
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
-                has_exited = os.waitid(os.P_PID, self.pid, how) is not None
-            for _ in range(16):  # a pipe holds a megabyte; others may write for ever
+            for _ in range(128):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
             if self._partial_line:
@@ -3291,10 +3248,9 @@ class ProcessBackend(Backend):
 
     def _read_output(self, fd):
         """Return what could be read; None if there is nothing now, b"" at the end."""
-        try:
-            data = os.read(fd, 65536)
-        except BlockingIOError:
-            return None
+        data = None
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(fd, MAX_LINE // 2)
         if data:
             self._take_lines(data)
             self._progress_at = time.monotonic()
@@ -3304,27 +3260,20 @@ class ProcessBackend(Backend):
 
     def _take_lines(self, data):
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE:
+        if len(self._partial_line) > MAX_LINE // 2:
             lines, self._partial_line = [*lines, self._partial_line], b""
         for line in lines:
-            for start in range(0, len(line) or 1, MAX_LINE):
-                text = line[start : start + MAX_LINE].decode("utf-8", "replace")
-                self.lines.append(text.rstrip("\r"))
-                self._listener.on_line(self, self.lines[-1])
+            self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
+            self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
-        """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_alive = self._is_alive()
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_alive and is_early and not self._is_port_chosen:
-            self._stranger = None
-        return is_alive and not self._stranger
+        return self._is_alive() and not self._stranger
 
     # -- stop
 
     def _terminate(self):
         """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             return
         self.upstream.close()
         status, timeout = None, self.model.settings.stop_timeout
@@ -3354,31 +3303,28 @@ class ProcessBackend(Backend):
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
-        process = self._process
-        gpu_users = group_members(self.pid) if has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        with self._lock:
-            self._exit_status, self._process = process.wait(), None
+        self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        process.stdout.close()
+        self._process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
     def _signal_group(self, number):
-        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process is not None:  # else its number may be another's
-                os.killpg(self.pid, number)
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, number)
 
     def _failure(self):
         self._terminate()
-        status = self._exit_status
+        status = self._process.returncode
         why = f"exited with status {status}"
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
@@ -3397,8 +3343,7 @@ class ProcessBackend(Backend):
 
 
 def open_pidfd(pid: int) -> Optional[int]:
-    """Return a descriptor that is readable once the process has ended, if there can be
-    one."""
+    """Return a descriptor that is readable once the process has ended, or None."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -3414,8 +3359,8 @@ def _is_group_alive(group):
         os.killpg(group, 0)
     except OSError:
         return False
-    states = [stat.state for _, stat in processes() if stat.group == group]
-    return any(state not in "ZX" for state in states)
+    stats = filter(None, map(process_stat, group_members(group)))
+    return any(stat.state not in "ZX" for stat in stats)
 
 
 def memory_of(pid: int) -> Dict[str, int]:
@@ -3497,10 +3442,9 @@ class ContextStore:
         with self._lock:
             self._folders = {each.context_dir for each in config.models.values()} - {""}
             self._limit = config.settings.context_max
-            is_first = not self._root
             self._root = os.path.join(config.settings.state_dir, "context")
             with contextlib.suppress(OSError, *MALFORMED):
-                if is_first:
+                if not self._saved:
                     with open(f"{self._root}/manifest.json", "rb") as file:
                         rows = json.load(file).items()
                     self._saved = {path: _saved_context(*row) for path, row in rows}
@@ -3517,10 +3461,9 @@ class ContextStore:
     def pop(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
-                self._update()
-            return saved or SavedContext()
+            saved = self._saved.pop(folder, SavedContext())
+            self._update()
+            return saved
 
     def put(self, folder: str, context: SavedContext):
         """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
@@ -3534,10 +3477,7 @@ class ContextStore:
             if folder not in self._folders or size > self._limit:
                 del self._saved[folder]
                 discard(path for _, path, _ in context.slots)
-        path = f"{self._root}/manifest.json"
-        with open(f"{path}.new", "w", opener=open_private) as file:
-            json.dump(self._saved, file)
-        os.replace(file.name, path)
+        write_json(f"{self._root}/manifest.json", self._saved)
 
 
 def _saved_context(command, speed, size, slots):
@@ -3546,9 +3486,14 @@ def _saved_context(command, speed, size, slots):
     return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
-def open_private(path: str, flags: int) -> int:
-    """Open a file that only this user may read, if it is new."""
-    return os.open(path, flags, 0o600)
+open_private = functools.partial(os.open, mode=0o600)  # by this user, if it is new
+
+
+def write_json(path: str, value):
+    """Replace a file at once by one that only this user may read. Raise OSError."""
+    with open(f"{path}.new", "w", opener=open_private) as file:
+        json.dump(value, file, indent=1)
+    os.replace(file.name, path)
 
 
 def discard(paths: Iterable[str]):
@@ -3621,9 +3566,8 @@ class LlamaServerBackend(ProcessBackend):
         """Return what changes with the command, its environment, binary or models."""
         cwd = self.model.settings.cwd
         paths = [find_program(argv[0], self._surroundings["env"], cwd)]
-        for option, path in zip(argv, argv[1:]):
-            if option == "--model" or path.endswith(".gguf"):
-                paths.append(os.path.join(cwd, path))
+        paths += [os.path.join(cwd, path) for option, path in zip(argv, argv[1:])
+                  if option == "--model" or path.endswith(".gguf")]
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
         files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
@@ -3725,11 +3669,9 @@ class LlamaServerBackend(ProcessBackend):
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
-        name = re.escape(self._files + folder_name(self.model.name))
-        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
-        with contextlib.suppress(OSError):
-            paths = {each.path for each in os.scandir(self._files)}
-            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
+        name = glob.escape(self._files + folder_name(self.model.name))
+        paths = glob.glob(f"{name}.[0-9]*.{'[0-9a-f]' * 8}")
+        discard(set(paths) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -3743,7 +3685,7 @@ class LlamaServerBackend(ProcessBackend):
         if path:
             body = json.dumps({"filename": os.path.basename(path)})
             request = "POST", target, body
-        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
+        probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
         text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
@@ -3773,11 +3715,6 @@ _GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their 
 }  # fmt: skip
 
 
-def has_gpu_tool() -> bool:
-    """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, _GPU_QUERIES["use"]))
-
-
 def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
@@ -3785,8 +3722,7 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     rows = []
     for tool, (options, row, units) in _GPU_QUERIES[query].items():
         if shutil.which(tool):
-            command = [tool, *options]
-            _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
+            _, text = run_command([tool, *options], timeout)
             for match in re.finditer(row, text, re.MULTILINE):
                 cells = zip(match.groups("0"), units)
                 rows.append(tuple(int(cell) * unit for cell, unit in cells))
@@ -3796,15 +3732,9 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
-        name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
-        return f"process {pid} ({name}) holds GPU memory"
+        return f"{process_name(pid)} holds GPU memory"
     use = max((use for use, in ask_gpus("use")), default=0)
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
-
-
-def group_members(group: int) -> Set[int]:
-    """Return the processes of a process group, the dead that are not reaped, too."""
-    return {pid for pid, stat in processes() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
@@ -3819,7 +3749,7 @@ def settle(pids: Set[int], timeout: float):
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     sizes = collections.Counter()
-    for _, stat in processes():
+    for stat in filter(None, map(process_stat, processes())):
         sizes[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return sizes
 
@@ -3850,26 +3780,20 @@ def systemctl(unit: str, verb: str, *options: str) -> List[str]:
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units that run. Takes seconds for each if systemd hangs, but
-    ends at `gives_up()`."""
-    running = set()
-    for unit in units:
-        argv = systemctl(unit, "is-active")
-        _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
-        if state in RUNNING:
-            running.add(unit)
-        if gives_up():
-            break
-    return running
+    """Return those of the units that run, soon once `gives_up()`; takes seconds for
+    each if systemd hangs."""
+
+    def state(unit):
+        return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
+
+    return {unit for unit in units if state(unit) in RUNNING}
 
 
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
     def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.settings.unit
-        self._title = f"{model.name} ({self.location})"
+        super().__init__(model, listener, model.settings.unit)
         self._settle_timeout = settle_timeout
         self._is_started = False
 
@@ -3879,15 +3803,13 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self.model.settings.load_timeout or math.inf
-        deadline = time.monotonic() + limit
+        limit = self._load_timeout
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
             status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
-            if status is None and time.monotonic() >= deadline:
-                text = f"systemctl start took over {limit:g} s"
-                raise LoadTimeout(f"{self._title}: {text}")
+            if status is None and not (text or self._is_stop_asked):
+                raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
         self._exited = exited = threading.Event()  # not that of the last start's watch
@@ -3897,21 +3819,18 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show("MainPID", "ActiveState")
-        self.pid = int(shown.get("MainPID", self.pid or 0)) or None
-        return shown.get("ActiveState", "active") in RUNNING
+        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
+        self.pid = int(shown["MainPID"]) or None
+        return shown["ActiveState"] in RUNNING
 
     def _watch_unit(self, exited):
-        """Wait, on a thread of its own, until its main process ends or, without one,
-        systemd says so."""
+        """Wait until its main process ends or, without one, systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
-            interval = UNIT_POLL if self._is_ready else 1.0
-            if exited.wait(interval) or not self._is_active():
+            if exited.wait(UNIT_POLL) or not self._is_active():
                 break
         if fd is not None:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll()
+            while not await_event(fd, select.POLLIN, MAX_WAIT):
+                pass
             os.close(fd)
         exited.set()
         self._interrupt()
@@ -3920,7 +3839,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         if not self._is_ready:
             self._systemctl("kill", options=["--signal=KILL"])
         timeout = self.model.settings.stop_timeout
@@ -3935,37 +3854,35 @@ class UnitBackend(Backend):
 
     def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
         argv = systemctl(self.location, verb, *options)
-        return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
+        timeout = COMMAND_TIMEOUT if timeout is None else timeout
+        return run_command(argv, timeout, until, stderr=subprocess.STDOUT)
 
-    def _show(self, *properties):
-        """Return what systemd says of the unit; nothing if it does not answer."""
-        _, text = self._systemctl("show", options=["-p", ",".join(properties)])
-        return dict(line.partition("=")[::2] for line in text.splitlines())
+    def _show(self, **defaults):
+        """Return these properties of the unit, the defaults if systemd is silent."""
+        _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
+        return {**defaults, **dict(row.partition("=")[::2] for row in text.split("\n"))}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
+        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show("MainPID", "ActiveState", "Result", "ExecMainStatus")
-            main, state = shown.get("MainPID"), shown.get("ActiveState", "unknown")
-            result = shown.get("Result", "unknown")
+            shown = self._show(**dict.fromkeys(properties, "unknown"))
+            main, state, result, status = (shown[name] for name in properties)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
             time.sleep(0.05)
-        status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
             runs_again = state in RUNNING and main not in ("0", str(self.pid))
             self._is_started = not runs_again
             event = "restarted" if runs_again else "stopped"
             self._note(f"{self.location} was {event} by somebody else")
             return None
-        if result == "success":
-            return self._end_error(f"it ended with status {status}")
-        if result == "oom-kill":
-            return self._end_error("killed by the kernel: out of memory")
+        killed = "killed by the kernel: out of memory"
+        reason = {"success": "it ended", "oom-kill": killed}.get(result, result)
         code = int(status) if result == "exit-code" else None
-        return self._end_error(f"{result}, status {status}", code)
+        return self._end_error(f"{reason}, status {status}", code)
 
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
@@ -3987,12 +3904,8 @@ class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
 
-    _lateness = "did not answer"
-
     def __init__(self, model: Model, listener):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.url("")
-        self._title = f"{model.name} at {self.location}"
+        super().__init__(model, listener, model.url(""))
         self._next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
@@ -4002,7 +3915,7 @@ class RemoteBackend(Backend):
         trusted = math.inf if self.upstream.is_busy else FRESH
         if self.upstream.seen_within(trusted) or self._probe(HEALTH_TIMEOUT).ok:
             return True
-        self._lose()
+        self._give_up()
         return False if self._ended.wait(POLL_INTERVAL) else None
 
     def died(self, timeout: float) -> bool:
@@ -4011,13 +3924,10 @@ class RemoteBackend(Backend):
         is_refused = probe.error is not None and not probe.timed_out
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
-            self._lose()
+            self._give_up()
         return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
 
-    def _give_up(self, limit):
-        self._lose()
-
-    def _lose(self):
+    def _give_up(self):
         self._exited.set()
         self._wakeup.set()
 
@@ -4040,12 +3950,6 @@ class RemoteBackend(Backend):
                 self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
 
-    def _abandon(self):
-        """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        self._exited.clear()
-        if self._probe(HEALTH_TIMEOUT).ok:
-            raise LoadFailed(f"{self._title} did not wake up")
-
     def _failure(self):
         """It vanished, which is no failure."""
         self._note("it does not answer any more: asleep or gone")
@@ -4059,15 +3963,6 @@ class RemoteBackend(Backend):
 
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
-
-
-def descendants(pid: int) -> List[int]:
-    """Return the process and its descendants, as far as the kernel tells."""
-    family = [pid]
-    for each in family:  # it grows meanwhile
-        children = read_text_or_empty(f"/proc/{each}/task/{each}/children")
-        family += map(int, children.split())
-    return family
 
 
 def model_file_size(pid: int) -> int:
@@ -4104,11 +3999,11 @@ def machine_budget(is_own: Callable[[int], bool] = lambda pid: False) -> Dict[st
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget = {"ram": int(memory * RAM_SHARE)}
     sizes = ask_gpus("sizes", TOOL_TIMEOUT)
-    if not sizes:
-        return budget
-    own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
-    free = sum(total - used - GPU_RESERVE for total, used in sizes)
-    return {"vram": max(1, free + own), **budget}
+    if sizes:
+        own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
+        free = sum(total - used - GPU_RESERVE for total, used in sizes)
+        budget["vram"] = max(1, free + own)
+    return budget
 
 
 def belongs_to(pid: int, groups: Set[int], units: Set[str]) -> bool:
@@ -4168,7 +4063,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
             command += [word, *itertools.islice(words, known[word])]
     command += ["-fitp", "on"]
     more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
-    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
+    _, text = run_command(command, TOOL_TIMEOUT, **more)
     rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
     for name, *megabytes in rows:
@@ -4190,25 +4085,16 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`, which several llmswaps may share:
-
-        {"version": 1, "needs": {
-            "1f0c...": {"model": "coder", "source": "measured",
-                        "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
-
-    Needs that were raised because memory ran out are not: a restart forgets them.
-    `log(level, text)` must not block. Only `estimate` and `save` do.
+    It is kept by command in `needs.json`, but what was raised because memory ran out: a
+    restart forgets that. `log(level, text)` must not block. Only `estimate` and `save`
+    do.
     """
 
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._known, self._is_saved = {}, True
-        try:
-            self._known = self._read()
-        except OSError as error:
-            log("warning", f"{self._path} cannot be read: {error}")
-        self._estimating = threading.Lock()
+        self._saved = self._read()
+        self._known = dict(self._saved)
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -4222,28 +4108,21 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate what the model needs if nothing is known; return whether it did. It
-        may take 20 s; other threads that ask meanwhile wait, too."""
-        key = _command_key(model)
+        """Estimate the needs if none are known; return whether it did. Takes 20 s."""
+        key, source = _command_key(model), "llama-fit-params"
         if not model.has_auto_needs or key in self._known:
             return False
-        with self._estimating:
-            if key in self._known:
-                return False
-            amounts, source = {}, "llama-fit-params"
-            if model.kind == "llama-server":
-                amounts = fit_params_estimate(model)
-            if not amounts:
-                source = "file sizes"
-                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-                with contextlib.suppress(ConfigError):
-                    words = model.command(table_of(model), "0")
-                    size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
-                    amounts = {place: int(size), other: 0}
-            known = Known(model.name)
-            if any(amounts.values()):
-                known = Known(model.name, source, amounts)
-            return self._set(key, known)
+        amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
+        if not amounts:
+            source, place = "file sizes", "vram" if "vram" in budget else "ram"
+            with contextlib.suppress(ConfigError):
+                words = model.command(table_of(model), "0")
+                size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
+                amounts = {"vram": 0, "ram": 0, place: int(size)}
+        known = Known(model.name)
+        if any(amounts.values()):
+            known = Known(model.name, source, amounts)
+        return self._set(key, known)
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
@@ -4276,35 +4155,30 @@ class Needs:
         self._set(key, Known(model.name, "out of memory", amounts))
 
     def _set(self, key, known):
-        if known == self._known.get(key):
-            return False
-        self._known[key], self._is_saved = known, False
-        return True
+        has_changed = known != self._known.get(key)
+        self._known[key] = known
+        return has_changed
 
     def save(self):
         """Write what has changed to the file."""
         with self._saving:
-            if self._is_saved:
+            rows = {key: row for key, row in [*self._known.items()]
+                    if row.amounts and row.source != "out of memory"}
+            rows = {**self._saved, **rows}
+            if rows == self._saved:
                 return
-            self._is_saved = True
-            fresh = f"{self._path}.{os.getpid()}"
+            self._saved = rows
+            needs = {key: row._asdict() for key, row in rows.items()}
             try:
-                rows = {key: row for key, row in self._known.items()
-                        if row.amounts and row.source != "out of memory"}
-                rows = {**self._read(), **rows}
-                needs = {key: row._asdict() for key, row in rows.items()}
-                document = {"version": 1, "needs": needs}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-                with open(fresh, "w", encoding="utf-8") as file:
-                    json.dump(document, file, indent=1)
-                os.replace(fresh, self._path)
+                write_json(self._path, {"version": 1, "needs": needs})
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a malformed one is set aside. Raise OSError."""
+        """Return what the file holds; nothing if it cannot be read."""
+        rows = {}
         try:
-            rows = {}
             with open(self._path, encoding="utf-8") as file:
                 document = json.load(file)
             if document["version"] != 1:
@@ -4312,15 +4186,11 @@ class Needs:
             for key, row in document["needs"].items():
                 amounts = {name: int(size) for name, size in row["amounts"].items()}
                 rows[key] = Known(**{**row, "amounts": amounts})
-            return rows
         except FileNotFoundError:
-            return {}
-        except MALFORMED as error:
-            text = f"{self._path} cannot be read and is set aside: {error}"
-            self._log("warning", text)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.broken")
-            return {}
+            pass
+        except (OSError, *MALFORMED) as error:
+            self._log("warning", f"{self._path} cannot be read: {error}")
+        return rows
 
 
 def _command_key(model):
@@ -4343,8 +4213,7 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        is_waiting = os.O_NONBLOCK  # it may be a pipe
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+        with open(path, "rb") as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
@@ -4405,16 +4274,14 @@ class Inspector:
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
         self._look = threading.Thread()  # the last look at files
-        self._lock = threading.Lock()
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        with self._lock:
-            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-            is_due = is_due or len(self._known(models)) < len(models)
-            if is_due and not self._look.is_alive():
-                self._looked_at = time.monotonic()
-                self._look = start_thread(self._inspect_all, "files", list(models))
+        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+        is_due = is_due or len(self._known(models)) < len(models)
+        if is_due and not self._look.is_alive():
+            self._look = start_thread(self._inspect_all, "files", list(models))
+            self._looked_at = time.monotonic()
         self._look.join(LOOK_TIMEOUT)
         return {**{model.name: Details() for model in models}, **self._known(models)}
 
@@ -4465,8 +4332,8 @@ class Inspector:
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
 #    backend's thread, resolve a future). No sleep and no I/O that may block under it,
-#    and no other lock but those of a queue, a future, a Broadcast or a backend's
-#    process, which no thread holds while it waits.
+#    and no other lock but those of a queue, a future or a Broadcast, which no thread
+#    holds while it waits.
 # ==================================================================================
 
 

@@ -2180,7 +2180,7 @@ def script(folder, text, name="script"):
 
 
 def has_group(group):
-    stats = [stat for _, stat in llmswap.processes() if stat.group == group]
+    stats = filter(None, map(llmswap.process_stat, llmswap.group_members(group)))
     return any(stat.state != "Z" for stat in stats)
 
 
@@ -2586,11 +2586,9 @@ def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
     child.wait()
 
 
-@pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
-    begin, tmp_path, kind
-):
-    backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
+def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
+    keys = kind_keys("llama-server", tmp_path)
+    backend = begin(**keys, hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port)
     backend.upstream.connect()[0].close()
     os.kill(backend.pid, order_to("deaf"))  # it lives on
@@ -2603,8 +2601,7 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     assert stranger.heard() == b""
 
 
-def test_a_fixed_port_held_by_a_stranger_is_told(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 0.3)
+def test_a_fixed_port_held_by_a_stranger_is_told(begin):
     stranger = Stranger(free_port())
     stranger.listen()
     reason = rf"its port {stranger.port} is held by process {stranger.pid} \(python"
@@ -3903,7 +3900,7 @@ def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
                 began = time.monotonic()
                 answer = server.chat("far")
                 assert answer.status == 504 and 0.24 < time.monotonic() - began
-                assert "did not answer for 0.25 s" in answer.message()
+                assert "showed no sign of progress for 0.25 s" in answer.message()
                 assert "Connection refused" in answer.message()
 
 
@@ -4050,8 +4047,6 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
         assert server.chat("far").status == server.chat("near").status == 200
         before = machine.stats()
         with server.connect() as client:
-            asked = client.ask("GET", "/upstream/near/stats").json()["health"]
-            # its thread has released near's connection once it answers again
             eventually(lambda: client.ask("GET", "/health").json()["requests"] == 0)
         server.process.send_signal(signal.SIGSTOP)
         machine.process.send_signal(signal.SIGSTOP)
@@ -4065,7 +4060,6 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
         after = machine.stats()
         assert after["requests"] == before["requests"] + 1
         assert after["health"] == before["health"] + 1
-        assert server.stats("near")["health"] == asked + 1
         assert set(after["ports"]).isdisjoint(before["ports"])
 
 
@@ -8569,15 +8563,15 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     assert origin == ("measured" if then else source)
 
 
-def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
+def test_what_is_known_is_kept_by_command(tmp_path):
     folder = tmp_path / "state"
     one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
-    first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
-    assert first.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
-    for needs, model in ((first, one), (second, two)):
+    needs = llmswap.Needs(str(folder), print)
+    assert needs.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
+    for model in (one, two):
         assert needs.learn(model, {"vram": GB, "ram": GB}, False, False)
         needs.save()
-    assert not first.learn(one, {"vram": GB}, False, False)
+    assert not needs.learn(one, {"vram": GB}, False, False)
     fresh = llmswap.Needs(str(folder), print)
     for model in (one, two):
         assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
@@ -8598,7 +8592,7 @@ BROKEN_NEEDS = [
 ]  # fmt: skip
 
 
-def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
+def test_a_file_of_needs_that_is_broken_or_lost_is_a_warning(tmp_path):
     path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
     for text in (*BROKEN_NEEDS, None):
         folder = tmp_path if text is not None else "/proc/nowhere"
@@ -8610,15 +8604,13 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
         assert level == "warning"
         log.clear()
         if text is not None:
-            assert "cannot be read and is set aside: " in message
-            aside = tmp_path / "needs.json.broken"
-            assert aside.read_text(encoding="latin-1") == text
+            assert "cannot be read: " in message
             assert len(json.loads(path.read_text())["needs"]) == 1
-    path.unlink(), aside.unlink(), path.mkdir()  # it cannot be read, whole as it is
+    path.unlink(), path.mkdir()
     needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
-    assert len(log) == 2 and path.is_dir() and not aside.exists()
+    assert len(log) == 2 and path.is_dir()
 
 
 FIT_HELP = """\
