@@ -126,8 +126,6 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
-class SpokenTLS(BadRequest):
-    """A client spoke TLS where HTTP is served."""
 
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
@@ -5696,15 +5694,15 @@ class SocketReader:
             self.is_untouched = False
             data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
             end = data.find(b"\r\n\r\n", searched)
-            if data.startswith(b"\x16\x03"):  # as a client of https does
-                raise SpokenTLS("this is plain HTTP: use http://, not https://")
+
             received += len(piece)
             unused = len(data) - end - 4 if end >= 0 else 0
             if received - unused > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
             if end < 0:
                 if _ILLEGAL_IN_HEAD.search(data, searched):
-                    raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
+                    text = "this is not HTTP/1 in lines that end with CRLF"
+                    raise BadRequest(f"{text}; use http://, not https://")
                 self.on_timeout()  # limits a head that is sent byte by byte, too
         self.buffer = data[end + 4 :] + self.buffer
         return data[: end + 4]
@@ -8131,10 +8129,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_error(self, error):
         self.error = error
-        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
-            self.server.has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.server.log("warning", text)
+        if self.head is None:  # its client may show no more than a status, if that
+            self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
         self.response = self.response or ClientResponse(self.request, None, [])
@@ -8943,7 +8939,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self.has_warned_of_tls = False
+        self._is_paused = False
         for sock in sockets:
             sock.setblocking(False)
 
