@@ -5733,7 +5733,7 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
+
 _STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
@@ -5823,12 +5823,8 @@ class Request(MessageHead):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_asterisk = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_asterisk:
-            url = _ABSOLUTE_FORM.fullmatch(self.target)
-            if not url or url[1].lower() != self.get("host").lower():
-                raise BadRequest("the target must be a path, or a URL of this host")
-            self.target = (url[2] or "/") + (url[3] or "")
+        if not self.target.startswith("/"):  # no proxy's URL, no asterisk
+            raise BadRequest("the target must be a path")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
         is_websocket = self.get("upgrade").lower() == "websocket"

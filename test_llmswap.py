@@ -4387,14 +4387,12 @@ SMUGGLING = [
     "GET / x HTTP/1.1\nHost: x", "GET /\x01 HTTP/1.1\nHost: x", "GET /\nHost: x",
     "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
     "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
-    "GET http://y/ HTTP/1.1\nHost: x", "GET ftp://x/ HTTP/1.1\nHost: x",
-    "GET * HTTP/1.1\nHost: x", "OPTIONS ** HTTP/1.1\nHost: x",
+    "GET http://x/ HTTP/1.1\nHost: x", "OPTIONS * HTTP/1.1\nHost: x",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("target, path, query", [
-    ("/a?c=http://c/d", "/a", "c=http://c/d"), ("http://x/a?b", "/a", "b"),
-    ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", ""),
+    ("/a?c=http://c/d", "/a", "c=http://c/d"), ("//evil/a", "//evil/a", ""),
     ("/?a=b&model=q%C3%A4+1%2Fx", "/", ANY), ("/?model=q\u00c3\u00a4+1/x", "/", ANY),
 ])  # fmt: skip
 def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, query):
@@ -5875,7 +5873,7 @@ def test_unusual_requests_are_understood(liar):
         f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": ABC_IN_CHUNKS,
         f"POST {start}.0\nContent-Length: 3": b"abc",
         f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
-        f"DELETE http://localhost{start}.1\nHost: LOCALHOST": b"",
+        f"DELETE {start}.1\nHost: LOCALHOST": b"",
         f"PROPFIND {start}.1\nHost: localhost\nX-A:\t b \t": b"",
     }
     liar.backend.take_requests()
@@ -5885,10 +5883,8 @@ def test_unusual_requests_are_understood(liar):
         (request,) = liar.backend.take_requests()
         assert request.start[:2] == (text.split()[0], "/x")
         assert request.body == (b"abc" if body else b"")
-    for target in ("*", "/upstream/a/x"):
-        text = f"OPTIONS {target} HTTP/1.1\nHost: localhost\nConnection: close"
-        data, _ = raw(liar, http(text))
-        assert data.startswith(b"HTTP/1.1 204 ")
+    data, _ = raw(liar, http(f"OPTIONS {start}.1\nHost: localhost\nConnection: close"))
+    assert data.startswith(b"HTTP/1.1 204 ")
 
 
 def answer_of(liar, answer):
