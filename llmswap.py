@@ -4930,10 +4930,6 @@ class Pool:
             raise _removed(model.name)
         return self._scheduler.models[name]
 
-    def resume_keep_loaded(self):
-        """A request was refused because its model is not loaded: see Scheduler."""
-        with self._event():
-            self._scheduler.resume_keep_loaded()
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
@@ -5615,6 +5611,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 Headers = List[Tuple[str, str]]
 
 
@@ -5894,7 +5891,7 @@ class Body:
         self.length = request.length
         coding = request.get("content-encoding").lower()
         self.coding = "" if self.length == 0 else coding
-        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        if self.coding not in ("", "identity", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
@@ -5922,8 +5919,7 @@ class Body:
             return
         self.hold(sys.maxsize)
         data = bytes(self.held)
-        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        decoder = zlib.decompressobj(-15 if is_raw else 47)  # 47: of zlib or gzip
+        decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
         try:
             self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
@@ -5973,44 +5969,36 @@ def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Return the model that the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, a body that is neither JSON nor a form is not read, and a form no further
-    than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
-    UnsupportedCoding, RequestTimeout, ClientDisconnected.
+    needed, another body is not read, and a form no further than SMALL_BODY. Raise
+    BadRequest and what reading a Body may raise.
     """
     body.decode()
     body.hold(1)
-    is_form = content_type.lower().startswith("multipart/form-data")
-    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if not (is_form or is_object or is_needed):
-        return RequestInfo()
-    size = SMALL_BODY if is_form else sys.maxsize
-    find = _find_in_form if is_form else _find_in_json
-    while True:
-        is_whole = body.hold(size)
-        try:
-            info = find(body.held, content_type)
-        except BadRequest:
-            if is_needed:
-                raise
-            return RequestInfo()
-        if is_whole or info.model is not None or not is_needed:
-            return info
+    if not content_type.lower().startswith("multipart/form-data"):
+        return _find_in_json(body, is_needed)
+    size, is_whole, info = SMALL_BODY, False, RequestInfo()
+    while not is_whole and info.model is None:
+        is_whole = body.hold(size) or not is_needed
+        info = _find_in_form(body.held, content_type)
         size *= 4
+    return info
 
 
 _LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
 
 
-def _find_in_json(data, _content_type):
-    if not data:
+def _find_in_json(body, is_needed):
+    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
+    if not (is_object or is_needed and body.held):
         return RequestInfo()
+    body.hold(sys.maxsize)
     try:
-        members = _LENIENT.decode(str(data, "utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(members, dict):
-        raise BadRequest("the body is not a JSON object")
-    model = members.get("model")
+        members = _LENIENT.decode(str(body.held, "utf-8-sig"))
+        model = members.get("model")
+    except MALFORMED as error:
+        if is_needed:
+            raise BadRequest(f"the body is not a JSON object: {error}") from None
+        return RequestInfo()
     model = model if isinstance(model, str) else None
     return RequestInfo(model, members=members, is_json=True)
 
@@ -6062,6 +6050,11 @@ def to_json(value) -> bytes:
     if not text.isascii() or "\x7f" in text:
         text = CONTROL_CHARS.sub(lambda char: f"\\u{ord(char[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
+
+
+def as_event(value) -> bytes:
+    """Return a server-sent event with this value as JSON."""
+    return b"data: " + to_json(value) + b"\n\n"
 
 
 CONTROL_CHARS = re.compile(
@@ -6162,17 +6155,17 @@ class ClientResponse:
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
-    def answer(self, status: int, headers: Headers, payload: bytes):
-        """Send a whole response."""
-        self.start(status, headers, len(payload))
+    def answer(self, payload: bytes, status=200, *headers: Tuple[str, str]):
+        """Send a whole response of our own."""
+        self.start(status, [*headers, SERVER_HEADER], len(payload))
         self.send(payload)
         self.end()
 
-    def start_events(self, *more: Tuple[str, str]):
-        """Begin a stream of events of our own, which a backend's may continue; `more`
-        are further headers."""
-        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.start(200, [*headers, ("x-accel-buffering", "no"), *more], None)
+    def start_stream(self, content_type="text/event-stream"):
+        """Begin a stream of our own; a backend's events may continue one of events."""
+        headers = [("content-type", content_type), ("cache-control", "no-cache")]
+        headers += [("x-accel-buffering", "no"), SERVER_HEADER]
+        self.start(200, headers, None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6225,7 +6218,7 @@ class ClientResponse:
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
             self.is_early = True
-            self.start_events()
+            self.start_stream()
         event = b":\n\n" if is_due else b""
         if self.progress_event and self.is_early and not self.sent:
             event = self.progress_event() or event
@@ -6252,8 +6245,8 @@ class ClientResponse:
     def error_event(self, body: dict) -> bytes:
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
-            return b"data: " + to_json(body) + b"\n\n"
-        return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
+            return as_event(body)
+        return b"event: error\n" + as_event({"type": "error", **body})
 
     def abort(self, problem: APIError):
         """End a response that broke off so that the client notices: between two events
@@ -6377,9 +6370,6 @@ def _send(outgoing, upstream, sock, monitor):
         pass  # it may have answered before it read everything
 
 
-_LINE_ENDS = (b"", b"\n", b"\r")
-
-
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
     if not response.is_early:
@@ -6396,7 +6386,7 @@ def _pass_on(answer, backend, response, transform):
                 response.send(ready)
             else:  # the client may leave, or need a comment, while events are held
                 response.heartbeat()
-        is_partial = answer.is_event_stream and last not in _LINE_ENDS
+        is_partial = answer.is_event_stream and last not in (b"", b"\n", b"\r")
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
             raise Truncated("the connection ended in the middle of the answer")
     except Truncated as error:
@@ -6419,11 +6409,13 @@ def _response_headers(answer):
 
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
-    payload, pieces = b"", answer.pieces()
-    with contextlib.suppress(Truncated, StopIteration):
-        while len(payload) <= SMALL_BODY:
-            payload += next(pieces)
+    payload = b""
+    with contextlib.suppress(Truncated):
+        for piece in answer.pieces():
             response.check_cancelled()
+            payload += piece
+            if len(payload) > SMALL_BODY:
+                break
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
     body = error_body(problem)
@@ -7897,18 +7889,15 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 # ==================================================================================
 
 MAX_ENDED_REQUESTS = 500  # in the list of requests
-SHOWN_LENGTH = 200  # characters of a client's header or path
-ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
 VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
-SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
+TEXT_LIMIT = 500  # characters of a name or another text of a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
@@ -7919,10 +7908,7 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATH = re.compile(
-    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
-    "|delete)/?"
-)
+
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -8079,16 +8065,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status = response.status or 500
         if response.problem and status < 400:
-            status = 502
-        status = 499 if isinstance(self.error, RequestCancelled) else status
+            status = response.problem.status
         seconds = time.monotonic() - self.began
-        usage = self.usage if status < 300 else Usage()
-        speed = speed_of(usage, seconds - (self.waited or 0))
+        speed = speed_of(self.usage, seconds - (self.waited or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
-        amounts = {name: getattr(usage, name) for name in names}
+        amounts = {name: getattr(self.usage, name) for name in names}
         error = self.error or response.problem
-        if self.head is not None and status >= 400 and status != 499:
-            self.row = self.row or self._new_row(self.info)
+        if has_failed and self.head is not None:
+            self.row = self.row or self._new_row()
         if self.row:
             self.row.update(
                 amounts,
@@ -8096,7 +8080,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
                 tokens_per_second=speed,
-                error=str(error)[:ERROR_LENGTH] if error else None,
+                error=str(error)[:TEXT_LIMIT] if error else None,
             )
             self.server.requests.end(self.row)
         amounts = {name: amount or 0 for name, amount in amounts.items()}
@@ -8106,19 +8090,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.model, status, seconds, self.waited, speed, **amounts
         )
 
-    def _new_row(self, info):
+    def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        asked = self.info.model or head.parameter("model") or ""
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
             started=time.time(),
             client=self.client_address[0] if is_tcp else "unix",
-            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
-            session=head.get("x-session-id")[:SHOWN_LENGTH],
-            method=head.method[:SHOWN_LENGTH],
-            path=head.path[:SHOWN_LENGTH],
-            asked=(info.model or head.parameter("model") or "")[:NAME_LIMIT] or None,
+            user_agent=head.get("user-agent")[:TEXT_LIMIT],
+            session=head.get("x-session-id")[:TEXT_LIMIT],
+            method=head.method[:TEXT_LIMIT],
+            path=head.path[:TEXT_LIMIT],
+            asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=info.members.get("stream") is True,
+            stream=self.info.members.get("stream") is True,
         )
 
     # -- answers ---------------------------------------------------------------------
@@ -8157,16 +8142,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send_json(body, error.status, headers)
+        self._send_json(body, error.status, *headers)
 
-    def _send(self, payload, status=200, headers=()):
-        self.response.answer(status, [*headers, SERVER_HEADER], payload)
-
-    def _send_json(self, value, status=200, headers=()):
-        self._send(to_json(value), status, [JSON_TYPE, *headers])
+    def _send_json(self, value, status=200, *headers):
+        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
-        self._send(text.encode(), headers=[content_type])
+        self.response.answer(text.encode(), 200, content_type)
 
     def _stream(self, next_item, render):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
@@ -8278,12 +8260,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
-        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
+            url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
-        if OLLAMA_PATH.fullmatch(path):
-            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
-            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
@@ -8296,7 +8275,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(b"", 204, headers if self.response.extra else [])
+        self.response.answer(b"", 204, *headers if self.response.extra else ())
 
     def _wants_snapshots(self):
         """Return whether this is the page's request for a stream of snapshots."""
@@ -8305,17 +8284,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_events(SERVER_HEADER)
-            return self._stream(functools.partial(next, self._snapshots()), _as_event)
-        headers = [
+            self.response.start_stream()
+            return self._stream(self._snapshots().__next__, as_event)
+        self.response.answer(
+            STATUS_PAGE.encode(),
+            200,
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", PAGE_POLICY),
             ("x-content-type-options", "nosniff"),
             ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
             ("vary", "Accept"),
-        ]
-        self._send(STATUS_PAGE.encode(), headers=headers)
+        )
 
     def _snapshots(self):
         """Yield a snapshot at each change, and every 2 s unless all models are
@@ -8380,13 +8360,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
-        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
-            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        try:
+            count = parse_count(limit or str(MAX_ENDED_REQUESTS))
+        except ValueError as error:
+            raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
         if name is not None:
             names = (name, self.config.find(name))
             rows = [row for row in rows if row["model"] in names]
-        self._send_json({"requests": rows[: int(limit) if limit else None]})
+        self._send_json({"requests": rows[:count]})
 
     def cancel_request(self, rest):
         """End a request; `rest` is its number and /cancel."""
@@ -8411,7 +8393,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _resolve(self, name):
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self.config.resolve(name[:NAME_LIMIT])
+        return self.config.resolve(name[:TEXT_LIMIT])
 
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they are unloaded."""
@@ -8456,8 +8438,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_events(SERVER_HEADER)
-            self._stream(lambda: get(POLL_INTERVAL), _as_event)
+            self.response.start_stream()
+            self._stream(lambda: get(POLL_INTERVAL), as_event)
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
@@ -8467,10 +8449,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
-        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
-        headers += [TEXT_TYPE, SERVER_HEADER]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start(200, headers, None)
+            self.response.start_stream("text/plain; charset=utf-8")
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8480,33 +8460,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
             self._check_use(model)
-            return self._forward(model, self.head.target, RequestInfo())
+            return self._forward(model, self.head.target)
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        self._relay(outgoing, backend)
+        self._relay(self._upstream_request(model, self.head.target), backend)
 
     def _check_use(self, model, refusal=None):
         """Raise a refusal if the model is not loaded, and may not be by this request:
         the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
         a GET that would load it."""
-        is_safe, is_asset = self.head.method in SAFE_METHODS, refusal is not None
+        is_safe = self.head.method in SAFE_METHODS
         if is_safe and not self.pool.backend_of(model, State.LOADED):
             self._check_no_foreign_page()
-        not_loaded = BadRequest("model is not loaded")
-        if not self.config.settings.models_autoload:
-            refusal = refusal or not_loaded
         value = self.head.parameter("autoload")
-        if value:
-            refusal = None if value in ("true", "1") else not_loaded
+        if value or not (refusal or self.config.settings.models_autoload):
+            may_load = value in ("true", "1")
+            refusal = None if may_load else BadRequest("model is not loaded")
         self.load_refusal = refusal
         if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
-            if not (is_asset or value):
-                self.pool.resume_keep_loaded()
             raise refusal
 
     def route_upstream(self, rest):
@@ -8521,54 +8496,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = "".join(f"/{part}" for part in parts[count:])
         query = self.head.target[len(self.head.path) :]
         if not path:
-            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
+            location = f"/upstream/{rest}/{query}"
+            return self.response.answer(b"", 308, ("location", location))
         refusal = None
         may_load = path == "/" and self.config.settings.models_autoload
         if self.head.method in SAFE_METHODS and not may_load:
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
         self._check_use(model, refusal)
-        info = self._request_info(is_needed=False)
-        self._forward(model, path + query, info, preemptible=True)
+        self._read_info(is_needed=False)
+        is_page = self.head.method in SAFE_METHODS
+        self._forward(model, path + query, preemptible=is_page)
 
-    def _request_info(self, is_needed):
-        """Return find_model() of the body; GET, HEAD and upgrades have none."""
-        if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
-            return RequestInfo()
-        return find_model(self.body, self.head.get("content-type"), is_needed)
+    def _read_info(self, is_needed):
+        """Find the model in the body; GET, HEAD and upgrades have none."""
+        head = self.head
+        if head.method not in ("GET", "HEAD") and not head.is_upgrade:
+            self.info = find_model(self.body, head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self.info = self._request_info(is_needed=not name)
-        name = info.model or name
+        self._read_info(is_needed=not name)
+        name = self.info.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
         model = self.model = model or self._resolve(name or None)
         self._check_use(model)
-        self._forward(model, self.head.target, info)
+        self._forward(model, self.head.target)
 
-    def _forward(self, model, target, info, preemptible=False):
+    def _forward(self, model, target, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
-        idle_timeout = _idle_timeout_in(info.members)
-        is_safe = self.head.method in SAFE_METHODS
-        preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        idle_timeout = _idle_timeout_in(self.info.members)
+        preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
-            self.row = self._new_row(info)
+            self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
         notice, path = model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
-        is_stream = bool(may_stream) and info.members.get("stream") is True
+        is_stream = may_stream and self.info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
             self.response.progress_event = self._progress_events(model).__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(model, target, info)
+        outgoing = self._upstream_request(model, target)
         transform_of = _repair_for if model.settings.json_repair else lambda _: None
+        terms = model, self.response.heartbeat, preemptible, self.load_refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
-            terms = model, self.response.heartbeat, preemptible, self.load_refusal
             with self.pool.lease(*terms) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8612,15 +8588,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             last_text, next_at = text, now + NOTICE_EVERY
             delta = {"reasoning_content": f"{text}\n"}
             choice = {"index": 0, "delta": delta, "finish_reason": None}
-            yield _as_event({**chunk, "choices": [choice]})
+            yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, model, target, info):
-        body, length, settings = self.body, self.body.length, model.settings
+    def _upstream_request(self, model, target):
+        body, info, settings = self.body, self.info, model.settings
+        held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
-        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-        removed = {*timeouts, *settings.strip_params}
+        removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
+        removed &= info.members.keys()
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
@@ -8631,11 +8608,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise BadRequest("the body is nested too deep") from None
         elif info.model is not None and settings.model_name:
             start, end = info.span
-            held = body.held[:start] + settings.model_name.encode() + body.held[end:]
+            held = held[:start] + settings.model_name.encode() + held[end:]
             length = length and length + len(held) - len(body.held)
-        else:
-            held = body.held
-        rest = body
         if body.is_complete:
             length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
@@ -8708,9 +8682,6 @@ def percent_decoded(text: str) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _as_event(value):
-    return b"data: " + to_json(value) + b"\n\n"
-
 
 def _repair_for(answer):
     """Return a RepairStream for an answer that may have tool calls, else None."""
@@ -8726,17 +8697,11 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    value = members[names[0]]
+    text = str(members[names[0]])
     try:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_duration(value.lstrip("-"))
-        if math.isnan(value) or isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        text = f"{names[0]}: {value!r} is not a duration"
-        raise BadRequest(text, names[0]) from None
+        return parse_duration(text.lstrip("-")) * (-1 if text.startswith("-") else 1)
+    except ValueError as error:
+        raise BadRequest(f"{names[0]}: {error}", names[0]) from None
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -9038,10 +9003,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    headers = [JSON_TYPE, ("retry-after", "5"), SERVER_HEADER]
+    body = to_json(error_body(APIError(reason)))
     with contextlib.suppress(ClientDisconnected):
         response = ClientResponse(connection, None, [])
-        response.answer(503, headers, to_json(error_body(APIError(reason))))
+        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
 
 
 # -- listening -------------------------------------------------------------------------
@@ -9262,7 +9227,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
+            yield as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
