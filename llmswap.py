@@ -126,7 +126,6 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
-
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
@@ -4930,7 +4929,6 @@ class Pool:
             raise _removed(model.name)
         return self._scheduler.models[name]
 
-
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
@@ -5691,7 +5689,6 @@ class SocketReader:
             self.is_untouched = False
             data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
             end = data.find(b"\r\n\r\n", searched)
-
             received += len(piece)
             unused = len(data) - end - 4 if end >= 0 else 0
             if received - unused > MAX_HEAD:
@@ -5730,7 +5727,6 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-
 _STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
@@ -7908,7 +7904,6 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
