@@ -5958,7 +5958,6 @@ class RequestInfo(NamedTuple):
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
     members: Mapping[str, object] = {}
-    is_json: bool = False
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
@@ -5996,7 +5995,7 @@ def _find_in_json(body, is_needed):
             raise BadRequest(f"the body is not a JSON object: {error}") from None
         return RequestInfo()
     model = model if isinstance(model, str) else None
-    return RequestInfo(model, members=members, is_json=True)
+    return RequestInfo(model, members=members)
 
 
 _BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
@@ -6290,8 +6289,8 @@ def relay(
     the client was sent an early head at most.
     """
     upstream, path = backend.upstream, outgoing.target.partition("?")[0]
-    if upstream.base_path and _PATH_TRAVERSAL.search(path):
-        raise BadRequest("the path must not lead out of the model server's own path")
+    if upstream.base_path and ".." in urllib.parse.unquote(path):
+        raise BadRequest("a path below the model server's own must not contain '..'")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
     try:
         answer = _ask(outgoing, upstream, monitor)
@@ -6312,9 +6311,6 @@ def relay(
             upstream.release_connection(answer.reader.sock)
         else:
             upstream.drop(answer.reader.sock)
-
-
-_PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
 
 
 def _ask(outgoing, upstream, monitor):
@@ -8043,7 +8039,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
-            self.head.target = path + self.head.target[len(self.head.path) :]
             self.head.path = path
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
@@ -8217,9 +8212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
-            elif scheme.lower() != "basic":
-                yield value.encode("latin-1")
-            elif not self._is_from_foreign_page():
+            elif scheme.lower() == "basic" and not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8310,9 +8303,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_metrics(self):
         self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
+    def _details(self):
+        return self.pool.inspector.details_of([*self.config.models.values()])
+
     def _status_report(self):
-        details = self.pool.inspector.details_of([*self.config.models.values()])
-        models = []
+        details, models = self._details(), []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
@@ -8342,16 +8337,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        statuses = [self.pool.status(model) for model in models]
-        owners = [
-            self.config.models.get(status.shares, model)
-            for model, status in zip(models, statuses)
-        ]
-        details = self.pool.inspector.details_of(owners)
-        return [
-            model_entry(model, owner, status, details[owner.name], self.server.born)
-            for model, owner, status in zip(models, owners, statuses)
-        ]
+        details, born, entries = self._details(), self.server.born, []
+        for model in models:
+            status = self.pool.status(model)
+            owner = self.config.models.get(status.shares, model)
+            entries.append(model_entry(model, owner, status, details[owner.name], born))
+        return entries
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
@@ -8402,7 +8393,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self.pool.inspector.details_of([*self.config.models.values()])
+        details = self._details()
         running = [
             {
                 "model": status.id,
@@ -8596,7 +8587,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if info.is_json and (removed or defaults or overrides):
+        if info.members and (removed or defaults or overrides):
             try:
                 held = edited_json(info.members, removed, defaults, overrides)
             except RecursionError:

@@ -320,7 +320,7 @@ def fuzz_read_one(reader, request):
     handler.head = request
     assert all(isinstance(key, bytes) for key in handler._given_keys())
     info = llmswap.find_model(body, request.get("content-type"), is_needed=False)
-    if info.is_json and body.is_complete:
+    if info.members and body.is_complete:
         llmswap.edited_json(info.members, ["y"], {"z": 1}, {"model": "other", "x": {}})
     data = bytes(body.held) + b"".join(body.rest())
     return request.method, request.target, request.headers, data
