@@ -6237,21 +6237,25 @@ class ClientResponse:
         is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
         return self._is_events and is_complete
 
-    def error_event(self, body: dict) -> bytes:
+    def _error_event(self, body):
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
             return as_event(body)
         return b"event: error\n" + as_event({"type": "error", **body})
 
-    def abort(self, problem: APIError):
+    def abort(self, problem: APIError, body: Optional[dict] = None):
         """End a response that broke off so that the client notices: between two events
-        by an event, without a length or chunks by a reset."""
+        by an event, `body` or the problem's, and then by a cut, or without a length or
+        chunks by a reset. After an early head alone it ends as a whole one does."""
+        self.problem = problem
+        has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self.error_event(error_body(problem)))
+                self.send(self._error_event(body or error_body(problem)))
+            if self.is_early and not has_payload:
+                return self.end()
             self.flush()
         self.is_persistent = False
-        self.problem = problem
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -6410,13 +6414,12 @@ def _pass_on_as_event(answer, response):
                 break
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
-    body = error_body(problem)
+    problem.status = max(400, answer.status)  # as it is counted
+    body = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else body
-    response.send(response.error_event(body))
-    response.end()
-    response.status, response.problem = answer.status, problem  # as it is counted
+        body = {"error": error} if isinstance(error, dict) else None
+    response.abort(problem, body)
 
 
 def _tunnel(answer, response):
@@ -6457,9 +6460,7 @@ MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
-_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
-_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
+_ESCAPE = re.compile(r"(\\(?:u[\da-fA-F]{4}|[\"\\/nrt]))|\\(['`])|[\"\\]")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
 
@@ -6479,13 +6480,9 @@ def _scalar(text, is_cut=False):
 
 
 def _unescaped(raw):
-    """Return the string that is meant by `raw`, the text between quotes.
-
-    A backslash that begins no escape stands for itself, as in the regular expression
-    \\bx and the path C:\\new.
-    """
-    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
-    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    """Return the string that is meant by `raw`, the text between quotes. A backslash
+    that begins no escape stands for itself, as in the regular expression \\bx."""
+    text = _ESCAPE.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
     return json.loads(f'"{text}"', strict=False)
 
 
@@ -6607,7 +6604,7 @@ class _Reader:
         """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
         match = _REPEATED_QUOTES.match(text, self.at)
-        if match and (match[1] or self._may_end(match.end(), role)):
+        if match:
             return self._take(*match.span(match.lastindex), match.end())
         quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # open brackets of JSON within the string, as in {"
@@ -6631,12 +6628,10 @@ class _Reader:
         return _unescaped(raw)
 
     def _may_end(self, at, role):
-        """Whether JSON could go on at `at` after what `role` names: a "key", "string",
-        "bare" text or "scalar"."""
+        """Return whether JSON could go on at `at` after what `role` names: a "string",
+        "bare" text or a "scalar"."""
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
-        if role == "key":
-            return bool(_COLON.match(text, after))
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
@@ -8108,14 +8103,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         response = self.response
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
-        if not response.status:
-            self._send_error(error)
-        elif response.is_early and not response.sent:
-            response.send(response.error_event(error_body(error)))
-            response.end()
-            response.status = error.status  # as it is counted
-        else:
+        if response.status:
             response.abort(error)
+        else:
+            self._send_error(error)
 
     def _send_error(self, error):
         headers = []
