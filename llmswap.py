@@ -6117,7 +6117,7 @@ class ClientResponse:
     is_early = False  # the head was sent before the backend's was known
     progress_event = None  # after an early head: returns one, or b"" for a comment
     first_at = None  # when the first piece of payload was sent
-    problem = None  # why the response broke off
+    problem = None  # why it is an error or broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
@@ -6132,7 +6132,7 @@ class ClientResponse:
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         left = ClientDisconnected()
-        self._stall = StallMonitor(STALL_SECONDS, left, self._check_reading)
+        self._stall = StallMonitor(STALL_SECONDS, left, self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -6200,7 +6200,7 @@ class ClientResponse:
         self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
-        except OSError:
+        except (OSError, RequestCancelled):  # no reason can be sent in mid-piece
             raise ClientDisconnected from None
 
     def heartbeat(self):
@@ -6220,22 +6220,14 @@ class ClientResponse:
         if event and self._is_between_events():
             self._put_framed(event)
 
-    def _check_reading(self):
-        """Raise ClientDisconnected if the request of a client that does not read was
-        cancelled."""
-        if self.is_cancelled:
-            raise ClientDisconnected
-
     def check_cancelled(self):
-        """Raise RequestCancelled, once, if the request was cancelled."""
+        """Raise RequestCancelled if the request was cancelled."""
         if self.is_cancelled:
-            self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
-        is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-        return self._is_events and is_complete
+        return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     def _error_event(self, body):
         """Return an event that the client's SDK raises as this error."""
@@ -7980,7 +7972,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Let a client read our answer while it still sends its body."""
-        if self.has_unread_body and not self.response.problem:
+        if self.has_unread_body:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -7991,8 +7983,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
-        self.row = self.error = None
-        self.info, self.usage = RequestInfo(), Usage()
+        self.row, self.info, self.usage = None, RequestInfo(), Usage()
         try:
             self.parse_request()
             self._check_access()
@@ -8055,7 +8046,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         speed = speed_of(self.usage, seconds - (self.waited or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
         amounts = {name: getattr(self.usage, name) for name in names}
-        error = self.error or response.problem
         if has_failed and self.head is not None:
             self.row = self.row or self._new_row()
         if self.row:
@@ -8065,15 +8055,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
                 tokens_per_second=speed,
-                error=str(error)[:TEXT_LIMIT] if error else None,
+                error=str(response.problem)[:TEXT_LIMIT] if response.problem else None,
             )
             self.server.requests.end(self.row)
-        amounts = {name: amount or 0 for name, amount in amounts.items()}
-        amounts["bytes_in"] = self.body.received if self.body is not None else 0
-        amounts["bytes_out"] = response.sent
         self.pool.count_request(
-            self.model, status, seconds, self.waited, speed, **amounts
-        )
+            self.model, status, seconds, self.waited, speed,
+            bytes_in=self.body.received if self.body else 0,
+            bytes_out=response.sent,
+            **{name: amount or 0 for name, amount in amounts.items()},
+        )  # fmt: skip
 
     def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
@@ -8094,13 +8084,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        self.error = error
         if self.head is None:  # its client may show no more than a status, if that
             self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
-        self.response = self.response or ClientResponse(self.request, None, [])
-        response = self.response
+        response = self.response or ClientResponse(self.request, None, [])
+        self.response, response.problem = response, error
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
         if response.status:
