@@ -5680,26 +5680,25 @@ class SocketReader:
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
         Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
-        data, end, received = b"", -1, 0
-        while end < 0:
+        data, received = b"", 0
+        while True:
             searched = max(0, len(data) - 3)
             piece = self.recv()
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
-            end = data.find(b"\r\n\r\n", searched)
             received += len(piece)
-            unused = len(data) - end - 4 if end >= 0 else 0
-            if received - unused > MAX_HEAD:
+            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
+            lines, blank_line, rest = data.partition(b"\r\n\r\n")
+            if received - len(rest) > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
-            if end < 0:
-                if _ILLEGAL_IN_HEAD.search(data, searched):
-                    text = "this is not HTTP/1 in lines that end with CRLF"
-                    raise BadRequest(f"{text}; use http://, not https://")
-                self.on_timeout()  # limits a head that is sent byte by byte, too
-        self.buffer = data[end + 4 :] + self.buffer
-        return data[: end + 4]
+            if blank_line:
+                self.buffer = rest + self.buffer
+                return lines + blank_line
+            if _ILLEGAL_IN_HEAD.search(data, searched):
+                text = "this is not HTTP/1 in lines that end with CRLF"
+                raise BadRequest(f"{text}; use http://, not https://")
+            self.on_timeout()  # limits a head that is sent byte by byte, too
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
@@ -5885,14 +5884,12 @@ class Body:
         self._limit = limit
         self._pieces = read_payload(reader, request)
         self.length = request.length
-        coding = request.get("content-encoding").lower()
-        self.coding = "" if self.length == 0 else coding
-        if self.coding not in ("", "identity", "gzip", "deflate"):
+        self.coding = request.get("content-encoding").lower()
+        if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
-        expected = request.get("expect").lower()
-        self._expects = expected == "100-continue" and not request.is_http_10
+        self._expects = request.get("expect").lower() == "100-continue"
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -5911,7 +5908,7 @@ class Body:
 
     def decode(self):
         """Undo its content coding if it has one; then all of it is read."""
-        if self.coding in ("", "identity"):
+        if not self.coding:
             return
         self.hold(sys.maxsize)
         data = bytes(self.held)

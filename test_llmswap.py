@@ -5924,8 +5924,7 @@ def test_answers_that_are_valid_pass_and_bad_chunks_break_them(liar):
 
 
 CODINGS = [
-    ("gzip", gzip.compress), ("GZIP", gzip.compress),
-    ("deflate", zlib.compress), ("identity", bytes),
+    ("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress),
 ]  # fmt: skip
 BAD_CODINGS = [
     ("br", b"x", 415, "'br'"),
@@ -5943,7 +5942,7 @@ def test_encoded_bodies_are_decoded_or_refused(liar):
         liar.post(path, encode(data), {"Content-Encoding": coding})
         (request,) = liar.backend.take_requests()
         assert request.body == data
-        assert request.all("content-encoding") == ["identity"] * (coding == "identity")
+        assert not request.all("content-encoding")
     for coding, body, status, word in BAD_CODINGS:
         answer = liar.post(CHAT, body, {"Content-Encoding": coding})
         assert answer.status == status and word in answer.message()
