@@ -5641,10 +5641,8 @@ class StallMonitor:
 
 
 class SocketReader:
-    """Reads one connection through a buffer. One thread uses it.
-
-    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
-    """
+    """Reads one connection through a buffer, on one thread. `on_timeout()` is called
+    whenever POLL_INTERVAL passes without a byte; it may raise."""
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
@@ -6063,10 +6061,8 @@ class Truncated(Exception):
 
 class UpstreamResponse(MessageHead):
     """A backend's final answer: the constructor reads its head, `pieces` its payload.
-
-    `length` is that of the head, even if `method` is HEAD and no payload follows.
-    Raise Truncated, OSError.
-    """
+    `length` is that of the head, even if `method` is HEAD and no payload follows. Raise
+    Truncated, OSError."""
 
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
@@ -6430,9 +6426,7 @@ def _copy(source, target):
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
-    for reader in (source, target):
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(reader.sock, socket.SHUT_RDWR)
+    cut([source.sock, target.sock])
 
 
 # ==================================================================================
@@ -6713,11 +6707,8 @@ def _read_object(text, at):
 
 
 def repair_arguments(text: str) -> str:
-    """Return the JSON text of the one object that `text` clearly means.
-
-    Valid JSON comes back as it is, and so does text that means no object or several.
-    The time it takes is linear in the length of any text.
-    """
+    """Return the JSON text of the one object that `text` clearly means. Valid JSON
+    stays as it is, and so does text that means no object or several."""
     with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
         try:
             _STRICT.decode(text)
@@ -6771,9 +6762,7 @@ def _cut_off(calls, ends):
 
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
-
-    A body that needs no repair is returned as it is; a call that was cut off, too.
-    """
+    What needs no repair is returned as it is; a call that was cut off, too."""
     if not _TOOL_CALL.search(body):
         return body
     try:
@@ -6834,9 +6823,7 @@ class RepairStream:
 
     def finish(self) -> bytes:
         """Return all that is held; a call that did not end is left as it is."""
-        rest = bytes(self._buffer)
-        is_json = rest.lstrip().startswith(b"{")
-        rest = repair_body(rest) if is_json else self._pass_event(rest)
+        rest = self._pass_event(repair_body(bytes(self._buffer)))
         return self._end_calls(self._open, self._open) + rest
 
     def _pass_event(self, event):
@@ -6848,7 +6835,7 @@ class RepairStream:
             if text.strip() == "[DONE]":
                 return self._end_calls(self._open) + event
             payload = json.loads(text)
-            if payload.get("type") == "error" or payload.get("error"):
+            if payload.get("error"):
                 return self._end_calls(self._open, self._open) + event
             return self._pass_payload(event, payload)
         except MALFORMED:

@@ -6430,7 +6430,7 @@ STREAMS = {
     "no reason but [DONE]": (one_call(BAD, None), "repaired"),
     "max_tokens": (message(BAD, "max_tokens"), "kept"),
     "error": ([*one_call(BAD, None), {"error": {"message": "x"}}], "kept"),
-    "error of Anthropic": ([*message(BAD)[:-4], {"type": "error"}], "kept"),
+    "error of Anthropic": ([*message(BAD)[:-4], {"error": {"message": "x"}}], "kept"),
     "a later block": (message(BAD, "max_tokens", NEXT_BLOCK), "repaired"),
     "the last call begun": (
         [*one_call(BAD, None), chunk(call("", 1, id="2")), chunk({}, "length")],
