@@ -7965,14 +7965,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._await_request():
             return
         self.began = time.monotonic()
+        self.server.application.reload_if_changed()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
         self.row, self.info, self.usage = None, RequestInfo(), Usage()
         try:
             self.parse_request()
             self._check_access()
-            self.server.application.reload_if_changed()
-            self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
@@ -8491,7 +8490,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.response.progress_event = self._progress_events(model).__next__
         self.body.on_tick = self.response.check_cancelled
         outgoing = self._upstream_request(model, target)
-        transform_of = _repair_for if model.settings.json_repair else lambda _: None
         terms = model, self.response.heartbeat, preemptible, self.load_refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
@@ -8502,7 +8500,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    self._relay(outgoing, backend, transform_of)
+                    self._relay(outgoing, backend)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return
@@ -8564,7 +8562,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _relay(self, outgoing, backend, transform_of=lambda _: None):
+    def _relay(self, outgoing, backend):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -8581,7 +8579,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        relay(outgoing._replace(headers=headers), backend, self.response, transform_of)
+        outgoing = outgoing._replace(headers=headers)
+        relay(outgoing, backend, self.response, self._repair_for)
+
+    def _repair_for(self, answer):
+        """Return a RepairStream for an answer that may have calls to repair, or None."""
+        is_wanted = self.model.settings.json_repair and answer.status == 200
+        is_readable = answer.is_event_stream or "json" in answer.get("content-type")
+        is_encoded = answer.get("content-encoding")
+        return RepairStream() if is_wanted and is_readable and not is_encoded else None
 
 
 ROUTES = {
@@ -8631,14 +8637,6 @@ def percent_decoded(text: str) -> str:
     raw = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
     return raw.decode("utf-8", "replace")
 
-
-
-def _repair_for(answer):
-    """Return a RepairStream for an answer that may have tool calls, else None."""
-    if answer.status != 200 or answer.get("content-encoding"):
-        return None
-    is_readable = answer.is_event_stream or "json" in answer.get("content-type")
-    return RepairStream() if is_readable else None
 
 
 def _idle_timeout_in(members):
