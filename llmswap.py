@@ -6055,14 +6055,10 @@ CONTROL_CHARS = re.compile(
 # -- the answer, read from the backend -------------------------------------------------
 
 
-class Truncated(Exception):
-    """The backend's answer broke off before its end, or is not HTTP."""
-
-
 class UpstreamResponse(MessageHead):
     """A backend's final answer: the constructor reads its head, `pieces` its payload.
     `length` is that of the head, even if `method` is HEAD and no payload follows. Raise
-    Truncated, OSError."""
+    BackendDied, OSError."""
 
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
@@ -6072,11 +6068,11 @@ class UpstreamResponse(MessageHead):
             while self.status < 200 and self.status != 101:
                 raw = self.reader.head()
                 if not raw:
-                    raise Truncated("it closed the connection")
+                    raise BackendDied("it closed the connection")
                 super().__init__(raw, _STATUS_LINE, None)
                 self.status = int(self.start[2])
         except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
+            raise BackendDied(f"its answer is not HTTP: {error}") from None
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -6086,13 +6082,13 @@ class UpstreamResponse(MessageHead):
 
     def pieces(self) -> Iterable[bytes]:
         """Yield the payload as it arrives, of an event stream only whole chunks, so
-        that it breaks off between events. Raise Truncated if it ends too early."""
+        that it breaks off between events. Raise BackendDied if it ends too early."""
         held_back = SMALL_BODY if self.is_event_stream else 0
         try:
             if self._has_payload:
                 yield from read_payload(self.reader, self, held_back)
         except (OSError, EOFError, BadRequest) as error:
-            raise Truncated(str(error)) from None
+            raise BackendDied(f"the backend broke off: {error}") from None
         if not self.ends_with_connection:
             self.is_reusable = self.is_persistent and not self.reader.buffer
 
@@ -6319,11 +6315,11 @@ def _ask(outgoing, upstream, monitor):
             _send(outgoing, upstream, sock, monitor)
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
-                raise Truncated("it switched protocols unasked")
+                raise BackendDied("it switched protocols unasked")
             return answer
         except BaseException as error:
             upstream.drop(sock)
-            if not isinstance(error, (OSError, Truncated)):
+            if not isinstance(error, (OSError, BackendDied)):
                 raise
             if not (was_used and reader.is_untouched):
                 raise BackendDied(f"the backend gave no answer: {error}") from None
@@ -6369,9 +6365,9 @@ def _pass_on(answer, backend, response, transform):
                 response.heartbeat()
         is_partial = answer.is_event_stream and last not in (b"", b"\n", b"\r")
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
-            raise Truncated("the connection ended in the middle of the answer")
-    except Truncated as error:
-        problem = BackendDied(f"the backend broke off: {error}")
+            raise BackendDied("the backend broke off: the connection ended early")
+    except BackendDied as error:
+        problem = error.with_traceback(None)  # its frames would keep this one
     if transform:
         response.send(transform.finish())
     if problem:
@@ -6391,7 +6387,7 @@ def _response_headers(answer):
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
     payload = b""
-    with contextlib.suppress(Truncated):
+    with contextlib.suppress(BackendDied):
         for piece in answer.pieces():
             response.check_cancelled()
             payload += piece
@@ -7940,8 +7936,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self.pool = self.server.pool
         self.reader = SocketReader(self.request)
-        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.has_unread_body = False  # the client may still be sending
         address = self.request.getsockname()
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
@@ -7981,7 +7975,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        body, self.body, self.reader.on_timeout = self.body, None, self.head_timeout
+        body, self.body = self.body, None
         self.has_unread_body = body is None or not body.is_complete
         self.close_connection = self.has_unread_body or not self.response.is_persistent
 
@@ -7998,8 +7992,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        self.head_timeout.restart()
-        self.reader.on_timeout = self.head_timeout
+        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, late)
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -8505,14 +8499,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
-                    has_died = not self.response.sent and backend.died(1.0)
+                    has_died = backend.died(1.0)
                     may_repeat = outgoing.rest is None and not self.load_refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
-                    error = BackendDied(str(reason)) if reason else error
+                    error = BackendDied(str(reason or error))
                     error.may_retry = False if is_last else None  # it failed twice
-                    raise error
+                    raise error from None
 
     def _progress_events(self, model):
         """Yield events that a chat shows as the model's reasoning during its load, or

@@ -4579,7 +4579,7 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
     for cut in range(len(data)):
         answer, payload = read_answer(data[:cut], data[cut:])
         assert (answer.status, payload, answer.is_reusable) == (200, b"hello", True)
-        with pytest.raises(llmswap.Truncated):
+        with pytest.raises(llmswap.BackendDied):
             read_answer(data[:cut])
 
 
@@ -4602,7 +4602,7 @@ def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
     for kind, expected in (("text/event-stream", b"ab"), ("text/plain", b"abcd")):
         head = f"HTTP/1.1 200 OK\n{IN_CHUNKS}\nContent-Type: {kind}"
         answer, got = reader_of(http(head, b"2\r\nab\r\n4\r\ncd")), b""
-        with pytest.raises(llmswap.Truncated):
+        with pytest.raises(llmswap.BackendDied):
             for piece in llmswap.UpstreamResponse(answer, "GET").pieces():
                 got += piece
         assert got == expected

@@ -360,7 +360,7 @@ def fuzz_parse_answer(dice):
     try:
         answer = llmswap.UpstreamResponse(reader, method)
         payload = b"".join(answer.pieces())
-    except llmswap.Truncated as problem:
+    except llmswap.BackendDied as problem:
         fuzz_require(data != sound, "refused", method, data, problem)
         return "refused"
     if answer.status == 101:
