@@ -5817,9 +5817,8 @@ class Request(MessageHead):
             raise BadRequest("the target must be a path")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
-        is_websocket = self.get("upgrade").lower() == "websocket"
-        is_upgrade = "upgrade" in self.connection and is_websocket
-        self.is_upgrade = is_upgrade and self.method == "GET"
+        is_asked = "upgrade" in self.connection and self.method == "GET"
+        self.is_upgrade = is_asked and self.get("upgrade").lower() == "websocket"
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
@@ -8199,7 +8198,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
+            if f"{path}/".startswith(prefix) and (not methods or method in methods):
                 self.body.hold(SMALL_BODY if methods else 0)
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
@@ -8236,10 +8235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             200,
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", PAGE_POLICY),
-            ("x-content-type-options", "nosniff"),
-            ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
-            ("vary", "Accept"),
         )
 
     def _snapshots(self):
@@ -8309,28 +8305,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
         if name is not None:
-            names = (name, self.config.find(name))
-            rows = [row for row in rows if row["model"] in names]
+            rows = [row for row in rows if row["model"] in (name, self.config.find(name))]
         self._send_json({"requests": rows[:count]})
 
     def cancel_request(self, rest):
         """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
-        if action != "cancel":
-            raise NotFound(f"there is nothing at {self.head.path}")
-        if not self.server.requests.cancel(number):
-            raise NotFound(f"no request {number} is in flight")
+        if action != "cancel" or not self.server.requests.cancel(number):
+            raise NotFound(f"{self.head.path}: no such request is in flight")
         self._send_json({"success": True})
 
     def change_model(self):
         """Begin to load or unload the model that the body names."""
         model = self._resolve(find_model(self.body, "application/json").model)
-        if self.head.path == "/models/load":
-            change, word = self.pool.load, "already"
-        else:
-            change, word = self.pool.unload, "not"
+        is_load = self.head.path == "/models/load"
+        change = self.pool.load if is_load else self.pool.unload
         if not change(model):
-            raise BadRequest(f"model is {word} running")
+            raise BadRequest(f"model is {'already' if is_load else 'not'} running")
         self._send_json({"success": True})
 
     def _resolve(self, name):
@@ -8387,7 +8378,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
 
-    def get_log_stream(self, name=""):
+    def get_log_stream(self, name):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
@@ -8441,15 +8432,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not path:
             location = f"/upstream/{rest}/{query}"
             return self.response.answer(b"", 308, ("location", location))
-        refusal = None
-        may_load = path == "/" and self.config.settings.models_autoload
-        if self.head.method in SAFE_METHODS and not may_load:
+        is_safe, refusal = self.head.method in SAFE_METHODS, None
+        if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
         self._check_use(model, refusal)
         self._read_info(is_needed=False)
-        is_page = self.head.method in SAFE_METHODS
-        self._forward(model, path + query, preemptible=is_page)
+        self._forward(model, path + query, preemptible=is_safe)
 
     def _read_info(self, is_needed):
         """Find the model in the body; GET, HEAD and upgrades have none."""
@@ -8600,12 +8589,10 @@ ROUTES = {
     "/running": {"GET": Handler.get_running},
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
-    "/api/models/unload": {"POST": Handler.unload},
     "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
-    "/logs/stream": {"GET": Handler.get_log_stream},
 }
 PREFIXES = (  # path, methods (all if there are none), action
     ("/upstream/", (), Handler.route_upstream),

@@ -5260,7 +5260,7 @@ def test_without_autoload_models_are_loaded_by_hand():
         assert server.get("/props").json()["models_autoload"] is False
         answer = server.chat("a")
         assert (answer.status, answer.message()) == (400, "model is not loaded")
-        assert server.get("/upstream/a/").status == 409
+        assert server.get("/upstream/a/").status == 400
         for action, state in (("load", "loaded"), ("unload", "unloaded")):
             server.post(f"/models/{action}", {"model": "a"})
             eventually(lambda: server.states()["a"] == state)
