@@ -8305,7 +8305,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
         if name is not None:
-            rows = [row for row in rows if row["model"] in (name, self.config.find(name))]
+            names = (name, self.config.find(name))
+            rows = [row for row in rows if row["model"] in names]
         self._send_json({"requests": rows[:count]})
 
     def cancel_request(self, rest):
@@ -8566,7 +8567,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         relay(outgoing, backend, self.response, self._repair_for)
 
     def _repair_for(self, answer):
-        """Return a RepairStream for an answer that may have calls to repair, or None."""
+        """Return a RepairStream for an answer that may need repair, else None."""
         is_wanted = self.model.settings.json_repair and answer.status == 200
         is_readable = answer.is_event_stream or "json" in answer.get("content-type")
         is_encoded = answer.get("content-encoding")
