@@ -141,9 +141,6 @@ class NotFound(APIError):
 class ModelNotFound(APIError):
     status, type, code = 404, INVALID, "model_not_found"
 
-class MethodNotAllowed(APIError):
-    status, type, code = 405, INVALID, "method_not_allowed"
-
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
 
@@ -8083,8 +8080,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
-        if error.status == 405:
-            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
@@ -8203,7 +8198,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
-            raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
+            raise NotFound(f"there is nothing to {self.head.method} at {path}")
         if path.startswith("/v1/v1/"):
             url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
