@@ -126,9 +126,6 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
-class SpokenTLS(BadRequest):
-    """A client spoke TLS where HTTP is served."""
-
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
@@ -143,9 +140,6 @@ class NotFound(APIError):
 
 class ModelNotFound(APIError):
     status, type, code = 404, INVALID, "model_not_found"
-
-class MethodNotAllowed(APIError):
-    status, type, code = 405, INVALID, "method_not_allowed"
 
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
@@ -4613,11 +4607,6 @@ class Pool:
                     scheduled.last_failure = problem
         outcome.set_result(problem)
 
-    def resume_keep_loaded(self):
-        """End the pause that lasts until the next request."""
-        with self._event():
-            self._scheduler.is_keep_loaded_paused = False
-
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
@@ -5263,6 +5252,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 Headers = List[Tuple[str, str]]
 
 
@@ -5294,10 +5284,8 @@ class StallMonitor:
 
 
 class SocketReader:
-    """Reads one connection through a buffer. One thread uses it.
-
-    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
-    """
+    """Reads one connection through a buffer, on one thread. `on_timeout()` is called
+    whenever POLL_INTERVAL passes without a byte; it may raise."""
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
@@ -5333,27 +5321,25 @@ class SocketReader:
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
         Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
-        data, end, received = b"", -1, 0
-        while end < 0:
+        data, received = b"", 0
+        while True:
             searched = max(0, len(data) - 3)
             piece = self.recv()
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
-            end = data.find(b"\r\n\r\n", searched)
-            if data.startswith(b"\x16\x03"):  # as a client of https does
-                raise SpokenTLS("this is plain HTTP: use http://, not https://")
             received += len(piece)
-            unused = len(data) - end - 4 if end >= 0 else 0
-            if received - unused > MAX_HEAD:
+            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
+            lines, blank_line, rest = data.partition(b"\r\n\r\n")
+            if received - len(rest) > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
-            if end < 0:
-                if _ILLEGAL_IN_HEAD.search(data, searched):
-                    raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
-                self.on_timeout()  # limits a head that is sent byte by byte, too
-        self.buffer = data[end + 4 :] + self.buffer
-        return data[: end + 4]
+            if blank_line:
+                self.buffer = rest + self.buffer
+                return lines + blank_line
+            if _ILLEGAL_IN_HEAD.search(data, searched):
+                text = "this is not HTTP/1 in lines that end with CRLF"
+                raise BadRequest(f"{text}; use http://, not https://")
+            self.on_timeout()  # limits a head that is sent byte by byte, too
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
@@ -5381,7 +5367,6 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
 _STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
@@ -5471,17 +5456,12 @@ class Request(MessageHead):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_asterisk = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_asterisk:
-            url = _ABSOLUTE_FORM.fullmatch(self.target)
-            if not url or url[1].lower() != self.get("host").lower():
-                raise BadRequest("the target must be a path, or a URL of this host")
-            self.target = (url[2] or "/") + (url[3] or "")
+        if not self.target.startswith("/"):  # no proxy's URL, no asterisk
+            raise BadRequest("the target must be a path")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
-        is_websocket = self.get("upgrade").lower() == "websocket"
-        is_upgrade = "upgrade" in self.connection and is_websocket
-        self.is_upgrade = is_upgrade and self.method == "GET"
+        is_asked = "upgrade" in self.connection and self.method == "GET"
+        self.is_upgrade = is_asked and self.get("upgrade").lower() == "websocket"
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
@@ -5544,14 +5524,12 @@ class Body:
         self._limit = limit
         self._pieces = read_payload(reader, request)
         self.length = request.length
-        coding = request.get("content-encoding").lower()
-        self.coding = "" if self.length == 0 else coding
-        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        self.coding = request.get("content-encoding").lower()
+        if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
-        expected = request.get("expect").lower()
-        self._expects = expected == "100-continue" and not request.is_http_10
+        self._expects = request.get("expect").lower() == "100-continue"
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -5570,12 +5548,11 @@ class Body:
 
     def decode(self):
         """Undo its content coding if it has one; then all of it is read."""
-        if self.coding in ("", "identity"):
+        if not self.coding:
             return
         self.hold(sys.maxsize)
         data = bytes(self.held)
-        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        decoder = zlib.decompressobj(-15 if is_raw else 47)  # 47: of zlib or gzip
+        decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
         try:
             self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
@@ -5618,53 +5595,44 @@ class RequestInfo(NamedTuple):
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
     members: Mapping[str, object] = {}
-    is_json: bool = False
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Return the model that the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, a body that is neither JSON nor a form is not read, and a form no further
-    than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
-    UnsupportedCoding, RequestTimeout, ClientDisconnected.
+    needed, another body is not read, and a form no further than SMALL_BODY. Raise
+    BadRequest and what reading a Body may raise.
     """
     body.decode()
     body.hold(1)
-    is_form = content_type.lower().startswith("multipart/form-data")
-    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if not (is_form or is_object or is_needed):
-        return RequestInfo()
-    size = SMALL_BODY if is_form else sys.maxsize
-    find = _find_in_form if is_form else _find_in_json
-    while True:
-        is_whole = body.hold(size)
-        try:
-            info = find(body.held, content_type)
-        except BadRequest:
-            if is_needed:
-                raise
-            return RequestInfo()
-        if is_whole or info.model is not None or not is_needed:
-            return info
+    if not content_type.lower().startswith("multipart/form-data"):
+        return _find_in_json(body, is_needed)
+    size, is_whole, info = SMALL_BODY, False, RequestInfo()
+    while not is_whole and info.model is None:
+        is_whole = body.hold(size) or not is_needed
+        info = _find_in_form(body.held, content_type)
         size *= 4
+    return info
 
 
 _LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
 
 
-def _find_in_json(data, _content_type):
-    if not data:
+def _find_in_json(body, is_needed):
+    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
+    if not (is_object or is_needed and body.held):
         return RequestInfo()
+    body.hold(sys.maxsize)
     try:
-        members = _LENIENT.decode(str(data, "utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(members, dict):
-        raise BadRequest("the body is not a JSON object")
-    model = members.get("model")
+        members = _LENIENT.decode(str(body.held, "utf-8-sig"))
+        model = members.get("model")
+    except MALFORMED as error:
+        if is_needed:
+            raise BadRequest(f"the body is not a JSON object: {error}") from None
+        return RequestInfo()
     model = model if isinstance(model, str) else None
-    return RequestInfo(model, members=members, is_json=True)
+    return RequestInfo(model, members=members)
 
 
 _BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
@@ -5716,6 +5684,11 @@ def to_json(value) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
+def as_event(value) -> bytes:
+    """Return a server-sent event with this value as JSON."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
 CONTROL_CHARS = re.compile(
     "[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -5724,16 +5697,10 @@ CONTROL_CHARS = re.compile(
 # -- the answer, read from the backend -------------------------------------------------
 
 
-class Truncated(Exception):
-    """The backend's answer broke off before its end, or is not HTTP."""
-
-
 class UpstreamResponse(MessageHead):
     """A backend's final answer: the constructor reads its head, `pieces` its payload.
-
-    `length` is that of the head, even if `method` is HEAD and no payload follows.
-    Raise Truncated, OSError.
-    """
+    `length` is that of the head, even if `method` is HEAD and no payload follows. Raise
+    BackendDied, OSError."""
 
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
@@ -5743,11 +5710,11 @@ class UpstreamResponse(MessageHead):
             while self.status < 200 and self.status != 101:
                 raw = self.reader.head()
                 if not raw:
-                    raise Truncated("it closed the connection")
+                    raise BackendDied("it closed the connection")
                 super().__init__(raw, _STATUS_LINE, None)
                 self.status = int(self.start[2])
         except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
+            raise BackendDied(f"its answer is not HTTP: {error}") from None
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -5757,13 +5724,13 @@ class UpstreamResponse(MessageHead):
 
     def pieces(self) -> Iterable[bytes]:
         """Yield the payload as it arrives, of an event stream only whole chunks, so
-        that it breaks off between events. Raise Truncated if it ends too early."""
+        that it breaks off between events. Raise BackendDied if it ends too early."""
         held_back = SMALL_BODY if self.is_event_stream else 0
         try:
             if self._has_payload:
                 yield from read_payload(self.reader, self, held_back)
         except (OSError, EOFError, BadRequest) as error:
-            raise Truncated(str(error)) from None
+            raise BackendDied(f"the backend broke off: {error}") from None
         if not self.ends_with_connection:
             self.is_reusable = self.is_persistent and not self.reader.buffer
 
@@ -5781,7 +5748,7 @@ class ClientResponse:
     is_early = False  # the head was sent before the backend's was known
     progress_event = None  # after an early head: returns one, or b"" for a comment
     first_at = None  # when the first piece of payload was sent
-    problem = None  # why the response broke off
+    problem = None  # why it is an error or broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
@@ -5796,7 +5763,7 @@ class ClientResponse:
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         left = ClientDisconnected()
-        self._stall = StallMonitor(STALL_SECONDS, left, self._check_reading)
+        self._stall = StallMonitor(STALL_SECONDS, left, self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -5814,17 +5781,17 @@ class ClientResponse:
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
-    def answer(self, status: int, headers: Headers, payload: bytes):
-        """Send a whole response."""
-        self.start(status, headers, len(payload))
+    def answer(self, payload: bytes, status=200, *headers: Tuple[str, str]):
+        """Send a whole response of our own."""
+        self.start(status, [*headers, SERVER_HEADER], len(payload))
         self.send(payload)
         self.end()
 
-    def start_events(self, *more: Tuple[str, str]):
-        """Begin a stream of events of our own, which a backend's may continue; `more`
-        are further headers."""
-        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.start(200, [*headers, ("x-accel-buffering", "no"), *more], None)
+    def start_stream(self, content_type="text/event-stream"):
+        """Begin a stream of our own; a backend's events may continue one of events."""
+        headers = [("content-type", content_type), ("cache-control", "no-cache")]
+        headers += [("x-accel-buffering", "no"), SERVER_HEADER]
+        self.start(200, headers, None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -5864,7 +5831,7 @@ class ClientResponse:
         self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
-        except OSError:
+        except (OSError, RequestCancelled):  # no reason can be sent in mid-piece
             raise ClientDisconnected from None
 
     def heartbeat(self):
@@ -5877,45 +5844,41 @@ class ClientResponse:
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
             self.is_early = True
-            self.start_events()
+            self.start_stream()
         event = b":\n\n" if is_due else b""
         if self.progress_event and self.is_early and not self.sent:
             event = self.progress_event() or event
         if event and self._is_between_events():
             self._put_framed(event)
 
-    def _check_reading(self):
-        """Raise ClientDisconnected if the request of a client that does not read was
-        cancelled."""
-        if self.is_cancelled:
-            raise ClientDisconnected
-
     def check_cancelled(self):
-        """Raise RequestCancelled, once, if the request was cancelled."""
+        """Raise RequestCancelled if the request was cancelled."""
         if self.is_cancelled:
-            self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
-        is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-        return self._is_events and is_complete
+        return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    def error_event(self, body: dict) -> bytes:
+    def _error_event(self, body):
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
-            return b"data: " + to_json(body) + b"\n\n"
-        return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
+            return as_event(body)
+        return b"event: error\n" + as_event({"type": "error", **body})
 
-    def abort(self, problem: APIError):
+    def abort(self, problem: APIError, body: Optional[dict] = None):
         """End a response that broke off so that the client notices: between two events
-        by an event, without a length or chunks by a reset."""
+        by an event, `body` or the problem's, and then by a cut, or without a length or
+        chunks by a reset. After an early head alone it ends as a whole one does."""
+        self.problem = problem
+        has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self.error_event(error_body(problem)))
+                self.send(self._error_event(body or error_body(problem)))
+            if self.is_early and not has_payload:
+                return self.end()
             self.flush()
         self.is_persistent = False
-        self.problem = problem
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -5953,8 +5916,8 @@ def relay(
     the client was sent an early head at most.
     """
     upstream, path = backend.upstream, outgoing.target.partition("?")[0]
-    if upstream.base_path and _PATH_TRAVERSAL.search(path):
-        raise BadRequest("the path must not lead out of the model server's own path")
+    if upstream.base_path and ".." in urllib.parse.unquote(path):
+        raise BadRequest("a path below the model server's own must not contain '..'")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
     try:
         answer = _ask(outgoing, upstream, monitor)
@@ -5977,9 +5940,6 @@ def relay(
             upstream.drop(answer.reader.sock)
 
 
-_PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
-
-
 def _ask(outgoing, upstream, monitor):
     """Send the request; return the answer, of which only the head was read. As the
     backend may have closed a kept connection, none is used for a body that can be sent
@@ -5997,11 +5957,11 @@ def _ask(outgoing, upstream, monitor):
             _send(outgoing, upstream, sock, monitor)
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
-                raise Truncated("it switched protocols unasked")
+                raise BackendDied("it switched protocols unasked")
             return answer
         except BaseException as error:
             upstream.drop(sock)
-            if not isinstance(error, (OSError, Truncated)):
+            if not isinstance(error, (OSError, BackendDied)):
                 raise
             if not (was_used and reader.is_untouched):
                 raise BackendDied(f"the backend gave no answer: {error}") from None
@@ -6029,9 +5989,6 @@ def _send(outgoing, upstream, sock, monitor):
         pass  # it may have answered before it read everything
 
 
-_LINE_ENDS = (b"", b"\n", b"\r")
-
-
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
     if not response.is_early:
@@ -6048,11 +6005,11 @@ def _pass_on(answer, backend, response, transform):
                 response.send(ready)
             else:  # the client may leave, or need a comment, while events are held
                 response.heartbeat()
-        is_partial = answer.is_event_stream and last not in _LINE_ENDS
+        is_partial = answer.is_event_stream and last not in (b"", b"\n", b"\r")
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
-            raise Truncated("the connection ended in the middle of the answer")
-    except Truncated as error:
-        problem = BackendDied(f"the backend broke off: {error}")
+            raise BackendDied("the backend broke off: the connection ended early")
+    except BackendDied as error:
+        problem = error.with_traceback(None)  # its frames would keep this one
     if transform:
         response.send(transform.finish())
     if problem:
@@ -6071,20 +6028,21 @@ def _response_headers(answer):
 
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
-    payload, pieces = b"", answer.pieces()
-    with contextlib.suppress(Truncated, StopIteration):
-        while len(payload) <= SMALL_BODY:
-            payload += next(pieces)
+    payload = b""
+    with contextlib.suppress(BackendDied):
+        for piece in answer.pieces():
             response.check_cancelled()
+            payload += piece
+            if len(payload) > SMALL_BODY:
+                break
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
-    body = error_body(problem)
+    problem.status = max(400, answer.status)  # as it is counted
+    body = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else body
-    response.send(response.error_event(body))
-    response.end()
-    response.status, response.problem = answer.status, problem  # as it is counted
+        body = {"error": error} if isinstance(error, dict) else None
+    response.abort(problem, body)
 
 
 def _tunnel(answer, response):
@@ -6106,9 +6064,7 @@ def _copy(source, target):
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
-    for reader in (source, target):
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(reader.sock, socket.SHUT_RDWR)
+    cut([source.sock, target.sock])
 
 
 # ==================================================================================
@@ -6125,9 +6081,7 @@ MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
-_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
-_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
+_ESCAPE = re.compile(r"(\\(?:u[\da-fA-F]{4}|[\"\\/nrt]))|\\(['`])|[\"\\]")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
 
@@ -6147,13 +6101,9 @@ def _scalar(text, is_cut=False):
 
 
 def _unescaped(raw):
-    """Return the string that is meant by `raw`, the text between quotes.
-
-    A backslash that begins no escape stands for itself, as in the regular expression
-    \\bx and the path C:\\new.
-    """
-    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
-    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    """Return the string that is meant by `raw`, the text between quotes. A backslash
+    that begins no escape stands for itself, as in the regular expression \\bx."""
+    text = _ESCAPE.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
     return json.loads(f'"{text}"', strict=False)
 
 
@@ -6275,7 +6225,7 @@ class _Reader:
         """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
         match = _REPEATED_QUOTES.match(text, self.at)
-        if match and (match[1] or self._may_end(match.end(), role)):
+        if match:
             return self._take(*match.span(match.lastindex), match.end())
         quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # open brackets of JSON within the string, as in {"
@@ -6299,12 +6249,10 @@ class _Reader:
         return _unescaped(raw)
 
     def _may_end(self, at, role):
-        """Whether JSON could go on at `at` after what `role` names: a "key", "string",
-        "bare" text or "scalar"."""
+        """Return whether JSON could go on at `at` after what `role` names: a "string",
+        "bare" text or a "scalar"."""
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
-        if role == "key":
-            return bool(_COLON.match(text, after))
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
@@ -6397,11 +6345,8 @@ def _read_object(text, at):
 
 
 def repair_arguments(text: str) -> str:
-    """Return the JSON text of the one object that `text` clearly means.
-
-    Valid JSON comes back as it is, and so does text that means no object or several.
-    The time it takes is linear in the length of any text.
-    """
+    """Return the JSON text of the one object that `text` clearly means. Valid JSON
+    stays as it is, and so does text that means no object or several."""
     with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
         try:
             _STRICT.decode(text)
@@ -6455,9 +6400,7 @@ def _cut_off(calls, ends):
 
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
-
-    A body that needs no repair is returned as it is; a call that was cut off, too.
-    """
+    What needs no repair is returned as it is; a call that was cut off, too."""
     if not _TOOL_CALL.search(body):
         return body
     try:
@@ -6518,9 +6461,7 @@ class RepairStream:
 
     def finish(self) -> bytes:
         """Return all that is held; a call that did not end is left as it is."""
-        rest = bytes(self._buffer)
-        is_json = rest.lstrip().startswith(b"{")
-        rest = repair_body(rest) if is_json else self._pass_event(rest)
+        rest = self._pass_event(repair_body(bytes(self._buffer)))
         return self._end_calls(self._open, self._open) + rest
 
     def _pass_event(self, event):
@@ -6532,7 +6473,7 @@ class RepairStream:
             if text.strip() == "[DONE]":
                 return self._end_calls(self._open) + event
             payload = json.loads(text)
-            if payload.get("type") == "error" or payload.get("error"):
+            if payload.get("error"):
                 return self._end_calls(self._open, self._open) + event
             return self._pass_payload(event, payload)
         except MALFORMED:
@@ -7549,18 +7490,15 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 # ==================================================================================
 
 MAX_ENDED_REQUESTS = 500  # in the list of requests
-SHOWN_LENGTH = 200  # characters of a client's header or path
-ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
 VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
-SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
+TEXT_LIMIT = 500  # characters of a name or another text of a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
@@ -7571,10 +7509,6 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATH = re.compile(
-    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
-    "|delete)/?"
-)
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -7644,8 +7578,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self.pool = self.server.pool
         self.reader = SocketReader(self.request)
-        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.has_unread_body = False  # the client may still be sending
         address = self.request.getsockname()
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
@@ -7660,7 +7592,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Let a client read our answer while it still sends its body."""
-        if self.has_unread_body and not self.response.problem:
+        if self.has_unread_body:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -7669,15 +7601,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._await_request():
             return
         self.began = time.monotonic()
+        self.server.application.reload_if_changed()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
-        self.row = self.error = None
-        self.info, self.usage = RequestInfo(), Usage()
+        self.row, self.info, self.usage = None, RequestInfo(), Usage()
         try:
             self.parse_request()
             self._check_access()
-            self.server.application.reload_if_changed()
-            self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
@@ -7687,7 +7617,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        body, self.body, self.reader.on_timeout = self.body, None, self.head_timeout
+        body, self.body = self.body, None
         self.has_unread_body = body is None or not body.is_complete
         self.close_connection = self.has_unread_body or not self.response.is_persistent
 
@@ -7704,8 +7634,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        self.head_timeout.restart()
-        self.reader.on_timeout = self.head_timeout
+        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, late)
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -7714,7 +7644,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
-            self.head.target = path + self.head.target[len(self.head.path) :]
             self.head.path = path
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
@@ -7731,16 +7660,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status = response.status or 500
         if response.problem and status < 400:
-            status = 502
-        status = 499 if isinstance(self.error, RequestCancelled) else status
+            status = response.problem.status
         seconds = time.monotonic() - self.began
-        usage = self.usage if status < 300 else Usage()
-        speed = speed_of(usage, seconds - (self.waited or 0))
+        speed = speed_of(self.usage, seconds - (self.waited or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
-        amounts = {name: getattr(usage, name) for name in names}
-        error = self.error or response.problem
-        if self.head is not None and status >= 400 and status != 499:
-            self.row = self.row or self._new_row(self.info)
+        amounts = {name: getattr(self.usage, name) for name in names}
+        if has_failed and self.head is not None:
+            self.row = self.row or self._new_row()
         if self.row:
             self.row.update(
                 amounts,
@@ -7748,53 +7674,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
                 tokens_per_second=speed,
-                error=str(error)[:ERROR_LENGTH] if error else None,
+                error=str(response.problem)[:TEXT_LIMIT] if response.problem else None,
             )
             self.server.requests.end(self.row)
-        amounts = {name: amount or 0 for name, amount in amounts.items()}
-        amounts["bytes_in"] = self.body.received if self.body is not None else 0
-        amounts["bytes_out"] = response.sent
         self.pool.count_request(
-            self.model, status, seconds, self.waited, speed, **amounts
-        )
+            self.model, status, seconds, self.waited, speed,
+            bytes_in=self.body.received if self.body else 0,
+            bytes_out=response.sent,
+            **{name: amount or 0 for name, amount in amounts.items()},
+        )  # fmt: skip
 
-    def _new_row(self, info):
+    def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        asked = self.info.model or head.parameter("model") or ""
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
             started=time.time(),
             client=self.client_address[0] if is_tcp else "unix",
-            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
-            session=head.get("x-session-id")[:SHOWN_LENGTH],
-            method=head.method[:SHOWN_LENGTH],
-            path=head.path[:SHOWN_LENGTH],
-            asked=(info.model or head.parameter("model") or "")[:NAME_LIMIT] or None,
+            user_agent=head.get("user-agent")[:TEXT_LIMIT],
+            session=head.get("x-session-id")[:TEXT_LIMIT],
+            method=head.method[:TEXT_LIMIT],
+            path=head.path[:TEXT_LIMIT],
+            asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=info.members.get("stream") is True,
+            stream=self.info.members.get("stream") is True,
         )
 
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        self.error = error
-        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
-            self.server.has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.server.log("warning", text)
+        if self.head is None:  # its client may show no more than a status, if that
+            self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
-        self.response = self.response or ClientResponse(self.request, None, [])
-        response = self.response
+        response = self.response or ClientResponse(self.request, None, [])
+        self.response, response.problem = response, error
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
-        if not response.status:
-            self._send_error(error)
-        elif response.is_early and not response.sent:
-            response.send(response.error_event(error_body(error)))
-            response.end()
-            response.status = error.status  # as it is counted
-        else:
+        if response.status:
             response.abort(error)
+        else:
+            self._send_error(error)
 
     def _send_error(self, error):
         headers = []
@@ -7806,21 +7726,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
-        if error.status == 405:
-            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send_json(body, error.status, headers)
+        self._send_json(body, error.status, *headers)
 
-    def _send(self, payload, status=200, headers=()):
-        self.response.answer(status, [*headers, SERVER_HEADER], payload)
-
-    def _send_json(self, value, status=200, headers=()):
-        self._send(to_json(value), status, [JSON_TYPE, *headers])
+    def _send_json(self, value, status=200, *headers):
+        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
-        self._send(text.encode(), headers=[content_type])
+        self.response.answer(text.encode(), 200, content_type)
 
     def _stream(self, next_item, render):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
@@ -7894,9 +7809,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
-            elif scheme.lower() != "basic":
-                yield value.encode("latin-1")
-            elif not self._is_from_foreign_page():
+            elif scheme.lower() == "basic" and not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -7926,18 +7839,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
+            if f"{path}/".startswith(prefix) and (not methods or method in methods):
                 self.body.hold(SMALL_BODY if methods else 0)
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
-            raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
-        url = f"http://{self.head.get('host')}/v1"
+            raise NotFound(f"there is nothing to {self.head.method} at {path}")
         if path.startswith("/v1/v1/"):
+            url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
-        if OLLAMA_PATH.fullmatch(path):
-            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
-            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
@@ -7950,7 +7860,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(b"", 204, headers if self.response.extra else [])
+        self.response.answer(b"", 204, *headers if self.response.extra else ())
 
     def _wants_snapshots(self):
         """Return whether this is the page's request for a stream of snapshots."""
@@ -7959,17 +7869,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_events(SERVER_HEADER)
-            return self._stream(functools.partial(next, self._snapshots()), _as_event)
-        headers = [
+            self.response.start_stream()
+            return self._stream(self._snapshots().__next__, as_event)
+        self.response.answer(
+            STATUS_PAGE.encode(),
+            200,
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", PAGE_POLICY),
-            ("x-content-type-options", "nosniff"),
-            ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
-            ("vary", "Accept"),
-        ]
-        self._send(STATUS_PAGE.encode(), headers=headers)
+        )
 
     def _snapshots(self):
         """Yield a snapshot at each change, and every 2 s unless all models are
@@ -7989,9 +7897,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_metrics(self):
         self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
 
+    def _details(self):
+        return self.pool.inspector.details_of([*self.config.models.values()])
+
     def _status_report(self):
-        details = self.pool.inspector.details_of([*self.config.models.values()])
-        models = []
+        details, models = self._details(), []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
@@ -8021,51 +7931,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        statuses = [self.pool.status(model) for model in models]
-        owners = [
-            self.config.models.get(status.shares, model)
-            for model, status in zip(models, statuses)
-        ]
-        details = self.pool.inspector.details_of(owners)
-        return [
-            model_entry(model, owner, status, details[owner.name], self.server.born)
-            for model, owner, status in zip(models, owners, statuses)
-        ]
+        details, born, entries = self._details(), self.server.born, []
+        for model in models:
+            status = self.pool.status(model)
+            owner = self.config.models.get(status.shares, model)
+            entries.append(model_entry(model, owner, status, details[owner.name], born))
+        return entries
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
-        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
-            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        try:
+            count = parse_count(limit or str(MAX_ENDED_REQUESTS))
+        except ValueError as error:
+            raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
         if name is not None:
             names = (name, self.config.find(name))
             rows = [row for row in rows if row["model"] in names]
-        self._send_json({"requests": rows[: int(limit) if limit else None]})
+        self._send_json({"requests": rows[:count]})
 
     def cancel_request(self, rest):
         """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
-        if action != "cancel":
-            raise NotFound(f"there is nothing at {self.head.path}")
-        if not self.server.requests.cancel(number):
-            raise NotFound(f"no request {number} is in flight")
+        if action != "cancel" or not self.server.requests.cancel(number):
+            raise NotFound(f"{self.head.path}: no such request is in flight")
         self._send_json({"success": True})
 
     def change_model(self):
         """Begin to load or unload the model that the body names."""
         model = self._resolve(find_model(self.body, "application/json").model)
-        if self.head.path == "/models/load":
-            change, word = self.pool.load, "already"
-        else:
-            change, word = self.pool.unload, "not"
+        is_load = self.head.path == "/models/load"
+        change = self.pool.load if is_load else self.pool.unload
         if not change(model):
-            raise BadRequest(f"model is {word} running")
+            raise BadRequest(f"model is {'already' if is_load else 'not'} running")
         self._send_json({"success": True})
 
     def _resolve(self, name):
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self.config.resolve(name[:NAME_LIMIT])
+        return self.config.resolve(name[:TEXT_LIMIT])
 
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they are unloaded."""
@@ -8079,7 +7983,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self.pool.inspector.details_of([*self.config.models.values()])
+        details = self._details()
         running = [
             {
                 "model": status.id,
@@ -8110,21 +8014,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_events(SERVER_HEADER)
-            self._stream(lambda: get(POLL_INTERVAL), _as_event)
+            self.response.start_stream()
+            self._stream(lambda: get(POLL_INTERVAL), as_event)
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
 
-    def get_log_stream(self, name=""):
+    def get_log_stream(self, name):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
-        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
-        headers += [TEXT_TYPE, SERVER_HEADER]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start(200, headers, None)
+            self.response.start_stream("text/plain; charset=utf-8")
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8134,33 +8036,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
             self._check_use(model)
-            return self._forward(model, self.head.target, RequestInfo())
+            return self._forward(model, self.head.target)
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        self._relay(outgoing, backend)
+        self._relay(self._upstream_request(model, self.head.target), backend)
 
     def _check_use(self, model, refusal=None):
         """Raise a refusal if the model is not loaded, and may not be by this request:
         the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
         a GET that would load it."""
-        is_safe, is_asset = self.head.method in SAFE_METHODS, refusal is not None
+        is_safe = self.head.method in SAFE_METHODS
         if is_safe and not self.pool.backend_of(model, State.LOADED):
             self._check_no_foreign_page()
-        not_loaded = BadRequest("model is not loaded")
-        if not self.config.settings.models_autoload:
-            refusal = refusal or not_loaded
         value = self.head.parameter("autoload")
-        if value:
-            refusal = None if value in ("true", "1") else not_loaded
+        if value or not (refusal or self.config.settings.models_autoload):
+            may_load = value in ("true", "1")
+            refusal = None if may_load else BadRequest("model is not loaded")
         self.load_refusal = refusal
         if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
-            if not (is_asset or value):
-                self.pool.resume_keep_loaded()
             raise refusal
 
     def route_upstream(self, rest):
@@ -8175,54 +8072,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = "".join(f"/{part}" for part in parts[count:])
         query = self.head.target[len(self.head.path) :]
         if not path:
-            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
-        refusal = None
-        may_load = path == "/" and self.config.settings.models_autoload
-        if self.head.method in SAFE_METHODS and not may_load:
+            location = f"/upstream/{rest}/{query}"
+            return self.response.answer(b"", 308, ("location", location))
+        is_safe, refusal = self.head.method in SAFE_METHODS, None
+        if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
         self._check_use(model, refusal)
-        info = self._request_info(is_needed=False)
-        self._forward(model, path + query, info, preemptible=True)
+        self._read_info(is_needed=False)
+        self._forward(model, path + query, preemptible=is_safe)
 
-    def _request_info(self, is_needed):
-        """Return find_model() of the body; GET, HEAD and upgrades have none."""
-        if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
-            return RequestInfo()
-        return find_model(self.body, self.head.get("content-type"), is_needed)
+    def _read_info(self, is_needed):
+        """Find the model in the body; GET, HEAD and upgrades have none."""
+        head = self.head
+        if head.method not in ("GET", "HEAD") and not head.is_upgrade:
+            self.info = find_model(self.body, head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self.info = self._request_info(is_needed=not name)
-        name = info.model or name
+        self._read_info(is_needed=not name)
+        name = self.info.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
         model = self.model = model or self._resolve(name or None)
         self._check_use(model)
-        self._forward(model, self.head.target, info)
+        self._forward(model, self.head.target)
 
-    def _forward(self, model, target, info, preemptible=False):
+    def _forward(self, model, target, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
-        idle_timeout = _idle_timeout_in(info.members)
-        is_safe = self.head.method in SAFE_METHODS
-        preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        idle_timeout = _idle_timeout_in(self.info.members)
+        preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
-            self.row = self._new_row(info)
+            self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
         notice, path = model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
-        is_stream = bool(may_stream) and info.members.get("stream") is True
+        is_stream = may_stream and self.info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
             self.response.progress_event = self._progress_events(model).__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(model, target, info)
-        transform_of = _repair_for if model.settings.json_repair else lambda _: None
+        outgoing = self._upstream_request(model, target)
+        terms = model, self.response.heartbeat, preemptible, self.load_refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
-            terms = model, self.response.heartbeat, preemptible, self.load_refusal
             with self.pool.lease(*terms) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8230,19 +8125,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    self._relay(outgoing, backend, transform_of)
+                    self._relay(outgoing, backend)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
-                    has_died = not self.response.sent and backend.died(1.0)
+                    has_died = backend.died(1.0)
                     may_repeat = outgoing.rest is None and not self.load_refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
-                    error = BackendDied(str(reason)) if reason else error
+                    error = BackendDied(str(reason or error))
                     error.may_retry = False if is_last else None  # it failed twice
-                    raise error
+                    raise error from None
 
     def _progress_events(self, model):
         """Yield events that a chat shows as the model's reasoning during its load, or
@@ -8266,35 +8161,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
             last_text, next_at = text, now + NOTICE_EVERY
             delta = {"reasoning_content": f"{text}\n"}
             choice = {"index": 0, "delta": delta, "finish_reason": None}
-            yield _as_event({**chunk, "choices": [choice]})
+            yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, model, target, info):
-        body, length, settings = self.body, self.body.length, model.settings
+    def _upstream_request(self, model, target):
+        body, info, settings = self.body, self.info, model.settings
+        held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
-        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-        removed = {*timeouts, *settings.strip_params}
+        removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
+        removed &= info.members.keys()
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if info.is_json and (removed or defaults or overrides):
+        if info.members and (removed or defaults or overrides):
             try:
                 held = edited_json(info.members, removed, defaults, overrides)
             except RecursionError:
                 raise BadRequest("the body is nested too deep") from None
         elif info.model is not None and settings.model_name:
             start, end = info.span
-            held = body.held[:start] + settings.model_name.encode() + body.held[end:]
+            held = held[:start] + settings.model_name.encode() + held[end:]
             length = length and length + len(held) - len(body.held)
-        else:
-            held = body.held
-        rest = body
         if body.is_complete:
             length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _relay(self, outgoing, backend, transform_of=lambda _: None):
+    def _relay(self, outgoing, backend):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -8311,7 +8204,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        relay(outgoing._replace(headers=headers), backend, self.response, transform_of)
+        outgoing = outgoing._replace(headers=headers)
+        relay(outgoing, backend, self.response, self._repair_for)
+
+    def _repair_for(self, answer):
+        """Return a RepairStream for an answer that may need repair, else None."""
+        is_wanted = self.model.settings.json_repair and answer.status == 200
+        is_readable = answer.is_event_stream or "json" in answer.get("content-type")
+        is_encoded = answer.get("content-encoding")
+        return RepairStream() if is_wanted and is_readable and not is_encoded else None
 
 
 ROUTES = {
@@ -8330,12 +8231,10 @@ ROUTES = {
     "/running": {"GET": Handler.get_running},
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
-    "/api/models/unload": {"POST": Handler.unload},
     "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
-    "/logs/stream": {"GET": Handler.get_log_stream},
 }
 PREFIXES = (  # path, methods (all if there are none), action
     ("/upstream/", (), Handler.route_upstream),
@@ -8362,17 +8261,6 @@ def percent_decoded(text: str) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _as_event(value):
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-def _repair_for(answer):
-    """Return a RepairStream for an answer that may have tool calls, else None."""
-    if answer.status != 200 or answer.get("content-encoding"):
-        return None
-    is_readable = answer.is_event_stream or "json" in answer.get("content-type")
-    return RepairStream() if is_readable else None
-
 
 def _idle_timeout_in(members):
     """Return the idle timeout in seconds that a request sets, negative for none; None
@@ -8380,17 +8268,11 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    value = members[names[0]]
+    text = str(members[names[0]])
     try:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_duration(value.lstrip("-"))
-        if math.isnan(value) or isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        text = f"{names[0]}: {value!r} is not a duration"
-        raise BadRequest(text, names[0]) from None
+        return parse_duration(text.lstrip("-")) * (-1 if text.startswith("-") else 1)
+    except ValueError as error:
+        raise BadRequest(f"{names[0]}: {error}", names[0]) from None
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -8589,7 +8471,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self.has_warned_of_tls = False
+        self._is_paused = False
         for sock in sockets:
             sock.setblocking(False)
 
@@ -8692,10 +8574,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    headers = [JSON_TYPE, ("retry-after", "5"), SERVER_HEADER]
+    body = to_json(error_body(APIError(reason)))
     with contextlib.suppress(ClientDisconnected):
         response = ClientResponse(connection, None, [])
-        response.answer(503, headers, to_json(error_body(APIError(reason))))
+        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
 
 
 # -- listening -------------------------------------------------------------------------
@@ -8916,7 +8798,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
+            yield as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
