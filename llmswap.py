@@ -59,8 +59,6 @@ import http.client
 import http.server
 import itertools
 import json
-import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -8876,50 +8874,41 @@ MAX_CONNECTIONS = 4096
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
-    with a priority if stderr is systemd's journal, else with the time.
+    `log(level, text)` drops what is less important than `log.level`. Lines begin with a
+    priority if stderr is systemd's journal, else with the time.
     """
 
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+    PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = False
-        with contextlib.suppress(OSError, ValueError):
-            status = os.fstat(sys.stderr.fileno())
-            journal = f"{status.st_dev}:{status.st_ino}"
-            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
-        lines = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(lines, self)
-        self._listener.start()
-        self._handler = logging.handlers.QueueHandler(lines)
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._handler)
-        self.set_level("info")
-
-    def set_level(self, level: str):
-        """Drop what is less important than `level`."""
-        self._handler.setLevel(level.upper())
+        self.level = "info"
+        stderr = os.fstat(2)
+        stream = f"{stderr.st_dev}:{stderr.st_ino}"
+        self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
+        self._texts = queue.SimpleQueue()
+        self._thread = start_thread(self._write, "log")
 
     def __call__(self, level: str, text: str):
-        self._logger.log(getattr(logging, level.upper()), text)
+        priority = self.PRIORITIES[level]
+        if priority <= self.PRIORITIES[self.level]:
+            self._texts.put((time.strftime("%H:%M:%S"), priority, text))
 
-    def handle(self, record: logging.LogRecord):
-        """Write a record, on the listener's thread. Its further lines are indented, so
-        that none looks like another record."""
-        text = printable(record.getMessage()).replace("\n", "\n  ")
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {text}"
-        self.feed.publish(line)
-        if self._is_journal:
-            priority = f"<{self.PRIORITIES[record.levelname]}>"
-            line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError, ValueError):  # it may be closed
-            print(line, file=sys.stderr, flush=True)
+    def _write(self):
+        for clock, priority, text in iter(self._texts.get, None):
+            # indented, so that a text of several lines does not look like several texts
+            text = printable(text).replace("\n", "\n  ")
+            line = f"{clock} {text}"
+            self.feed.publish(line)
+            if self._is_journal:
+                line = f"<{priority}>" + text.replace("\n", f"\n<{priority}>")
+            with contextlib.suppress(OSError):  # stderr may be closed
+                print(line, file=sys.stderr, flush=True)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        start_thread(self._listener.stop, "log").join(1.0)
+        self._texts.put(None)
+        self._thread.join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8943,37 +8932,31 @@ class Server(http.server.ThreadingHTTPServer):
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self.has_warned_of_tls = False
+        self._accepting = threading.Lock()
+        self.has_warned_of_tls = False
         for sock in sockets:
             sock.setblocking(False)
 
     def start(self):
         """Accept connections, on a thread of its own."""
-        self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`; the base class would wake up twice a second."""
+        """Accept until `stop`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_reader as stop_reader:
-            for each in (stop_reader, *self.sockets):
-                waiter.register(each, select.POLLIN)
-            while not self._is_paused:
-                ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:  # on which get_request() accepts
-                    if self.socket.fileno() in ready:
+        for each in (self._stop_reader, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self.is_closing:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:  # on which get_request() accepts
+                with self._accepting:
+                    if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()
-
-    def shutdown(self):
-        """Stop accepting; the sockets stay open."""
-        self._is_paused = True
-        self._stop_writer.close()
-        self._thread.join(1.0)
 
     def is_serving(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
-        return self._is_paused or self._thread.is_alive()
+        return self.is_closing or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -9023,19 +9006,18 @@ class Server(http.server.ThreadingHTTPServer):
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Stop accepting and return True; if a client has connected, go on and return
-        False. Later ones wait in the backlog of the sockets, which systemd keeps."""
-        self.shutdown()
-        pending = select.select(self.sockets, [], [], 0)[0]
-        if self.inactive_since() is not None and not pending:
-            return True
-        self.start()
-        return False
+        """Accept no more and return True, unless a client is connected. Later ones wait
+        in the backlog of the sockets, which systemd keeps."""
+        with self._accepting:
+            pending = select.select(self.sockets, [], [], 0)[0]
+            self.is_closing = self.inactive_since() is not None and not pending
+        return self.is_closing
 
     def stop(self):
         """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self.shutdown()
+        self._stop_writer.close()
+        self._thread.join(1.0)
         for sock in self.sockets:
             sock.close()  # it is never shut down: systemd may own it
         for connection in list(self._idle_connections):
@@ -9093,18 +9075,9 @@ def is_llmswap(address: Address) -> bool:
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    if isinstance(address, bytes):  # an abstract one, from systemd
-        return f"unix:@{os.fsdecode(address[1:])}"
-    host, port = address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{_joined(host, port)}/"
-
-
-def _resolved(host, port):
-    """Return the numeric address of a host, as systemd does not look up names."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][:2]
+    if not isinstance(address, tuple):
+        return f"unix:{os.fsdecode(address)}"
+    return f"http://{_joined(*address[:2])}/"
 
 
 def _joined(host, port):
@@ -9114,38 +9087,25 @@ def _joined(host, port):
 # -- systemd ---------------------------------------------------------------------------
 
 
-def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
-    """Return the listening sockets that systemd passed, and what is wrong with them.
-    Its variables are removed from `environ`."""
-    names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-    count, pid, *_ = [environ.pop(name, "") for name in names]
+def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
+    """Return the listening sockets that systemd passed. Raise OSError if it passed them
+    to another process."""
+    count, pid = int(environ.get("LISTEN_FDS", 0)), environ.get("LISTEN_PID")
     if count and pid != str(os.getpid()):
-        return [], (
+        raise OSError(
             f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
             "start llmswap without a shell around it, or with exec"
         )
-    listeners = []
-    for fd in range(3, 3 + int(count or 0)):
-        try:
-            listener = socket.socket(fileno=fd)
-            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError:
-            accepts = False
-        if not accepts:
-            return [], f"descriptor {fd} from systemd is not a listening stream socket"
-        listeners.append(listener)
-    return listeners, None
+    return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
 class SystemdNotifier:
     """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
     `watchdog` is the longest time in seconds between two reports, or None."""
 
-    def __init__(self, environ: Dict[str, str]):
-        self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
-        microseconds = environ.pop("WATCHDOG_USEC", "")
-        is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
+    def __init__(self, environ: Mapping[str, str]):
+        self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
+        self.watchdog = int(environ.get("WATCHDOG_USEC", 0)) / 1e6 or None
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
@@ -9179,6 +9139,7 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
+SocketMode=0660
 BindIPv6Only=ipv6-only
 
 [Install]
@@ -9213,14 +9174,15 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    streams = []
+    addresses = []
     for address in config.settings.listen:
-        is_unix = isinstance(address, str)
-        place = os.path.abspath(address) if is_unix else _joined(*_resolved(*address))
-        streams.append("ListenStream=" + place.replace("%", "%%"))
-        streams += ["SocketMode=0660"] if is_unix else []
+        if isinstance(address, str):
+            addresses.append(os.path.abspath(address).replace("%", "%%"))
+        else:  # numeric, as systemd does not look up names
+            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            addresses.append(_joined(*found[4][:2]))
     return UNITS.format(
-        streams="\n".join(streams),
+        streams="\n".join(f"ListenStream={address}" for address in addresses),
         folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -9229,9 +9191,8 @@ def units_for(config: Config) -> str:
 
 def _unit_word(word):
     word = word.replace("%", "%%")
-    if re.search(r"[\s\"'\\;]", word):
-        word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return word
+    needs_quotes = re.search(r"[\s\"'\\;]", word)
+    return json.dumps(word, ensure_ascii=False) if needs_quotes else word
 
 
 # -- the demo model server -------------------------------------------------------------
@@ -9242,30 +9203,25 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # the head and the body in one packet
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
+        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
+        self._send([to_json(value)])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except MALFORMED:
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
-        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages") or [{}]
+        text = f"{model} says: {messages[-1].get('content') or 'squawk'}"
+        words = re.findall(r"\S+\s*", text)
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
-        reply = {"role": "assistant", "content": "".join(words)}
+            return self._send(self._events(words), "text/event-stream")
+        reply = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer({**answer, "choices": [choice], "usage": usage})
+        self._send([to_json({**answer, "choices": [choice], "usage": usage})])
 
     def _events(self, words):
         for word in words:
@@ -9274,17 +9230,13 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
-
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, pieces, content_type="application/json"):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         for piece in itertools.chain(pieces, [b""]):
             self.wfile.write(as_chunk(piece))
-            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing, as llmswap would show it as the model's output."""
@@ -9408,8 +9360,6 @@ def prepare_process():
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
@@ -9458,7 +9408,7 @@ def refuse_pending_connections():
     """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
     start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
-    for listener in take_listeners(os.environ)[0]:
+    for listener in passed_listeners(os.environ):
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # when there are no more
             while True:
@@ -9485,7 +9435,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._look = None  # the thread of the last one
+        self._look = threading.Thread()  # the last one
         self.mark()
 
     def mark(self):
@@ -9497,14 +9447,10 @@ class FileWatch:
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         with self._lock:
             now = time.monotonic()
-            is_due = now >= self._looked_at + WATCH_EVERY
-            if is_due and not (self._look and self._look.is_alive()):
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # there can be no more threads
-                    self._look = start_thread(self._find_change, "watch", on_change)
-            look = self._look
-        if look:
-            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                self._look = start_thread(self._find_change, "watch", on_change)
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
         stamp = self._stamp()
@@ -9535,11 +9481,10 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
+        self.log.level = "debug" if args.verbose else config.settings.log_level
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -9550,9 +9495,8 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
-        if isinstance(listeners, int):
-            self.log.close()
-            return listeners
+        if not listeners:
+            return 0
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -9576,31 +9520,22 @@ class Application:
             self._signals.settimeout(min(timeout, MAX_WAIT))
             with contextlib.suppress(socket.timeout, BlockingIOError):
                 self._signals.recv(4096)
-        for number in (0, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number in self._received:
-                self._received.remove(number)
-                return number
+        return self._received.pop() if self._received else None
 
     def _open_listeners(self):
-        """Return the listening sockets, or an exit status if an address is taken."""
-        listeners, complaint = take_listeners(os.environ)
-        if complaint:
-            self.log("warning", complaint)
-        if listeners:
-            self._is_activated = True
-            return listeners
-        for address in self._config.settings.listen:
+        """Return the listening sockets; none if llmswap answers at one of the addresses
+        already. Raise OSError if an address cannot be used."""
+        listeners = passed_listeners(os.environ)
+        self._is_activated = bool(listeners)
+        for address in () if listeners else self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
                 shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {shown} already")
-                    return 0
-                # without "(while attempting to bind on address ...)"
-                reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {shown}: {reason}")
-                return 1
+                    print(f"llmswap answers at {shown} already", file=sys.stderr)
+                    return []
+                raise OSError(f"cannot listen on {shown}: {error}") from None
         return listeners
 
     def _log_models(self, config):
@@ -9643,9 +9578,7 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
@@ -9680,7 +9613,7 @@ class Application:
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
             if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
+                self.log.level = config.settings.log_level
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
@@ -9699,20 +9632,19 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        last_run = -math.inf
+        ran_at = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = math.inf
-            limit = settings.idle_command_after if settings.idle_command else 0
-            if limit and idle_since is None:
-                pause = max(1.0, limit)
-            elif limit:
-                pause = max(idle_since, last_run) + limit - time.monotonic()
+            now, limit = time.monotonic(), settings.idle_command_after
+            if not (limit and settings.idle_command):
+                limit = math.inf
+            since = now if idle_since is None else max(idle_since, ran_at)
+            pause = since + limit - now
             if pause <= 0:
                 pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
-                    last_run = time.monotonic()
+                    ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
@@ -9736,14 +9668,13 @@ class Application:
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
-        suspended, environment = suspended_seconds(), clean_environment({})
+        options = {"stdin": subprocess.DEVNULL, "env": clean_environment({})}
         try:
-            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
+            status = subprocess.call(command, **options)
         except OSError as error:
             return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
-        slept = max(0.0, suspended_seconds() - suspended)
-        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        self.log(level, f"idle-command ended with status {status}")
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""

@@ -3380,12 +3380,12 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
-            (f"127.0.0.1:{other.port}", 1, "http://{}/: Address already in use"),
+            (f"127.0.0.1:{other.port}", 1, "cannot listen on http://{}/: [Errno "),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
             done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
             assert done.returncode == status
-            assert text.format(listen) + "\n" in done.stderr
+            assert text.format(listen) in done.stderr
 
 
 def test_output_that_cannot_be_written_is_an_error():
@@ -3456,17 +3456,6 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
-def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
-    watch, changes = llmswap.FileWatch(str(tmp_path)), []
-    monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse_to_start)
-        watch.check(lambda: None)
-    (tmp_path / "new").touch()
-    watch.check(lambda: changes.append("seen"))
-    assert changes == ["seen"]
-
-
 def refuse_to_start(_):
     raise RuntimeError("can't start new thread")
 
@@ -3508,7 +3497,7 @@ BRISK = dict(
 )  # fmt: skip
 
 
-def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
+def test_the_parrot_repeats_the_last_message():
     with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with Client(server.server_address[1]) as client:  # one connection for all
@@ -3519,8 +3508,6 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
             answer = client.ask("POST", CHAT, body)
             assert answer.content() == "jo says: Hi you"
             assert answer.json()["usage"]["completion_tokens"] == 4
-            for nonsense in (b"{", b"[]", b'{"messages":"x"}', b"[" * 5000):
-                assert client.ask("POST", CHAT, nonsense).status == 400
             assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
             began = time.monotonic()
             answer = client.ask("POST", CHAT, {**body, "stream": True})
@@ -4254,15 +4241,11 @@ def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path)
 
 
 @pytest.mark.parametrize("command, text", [
-    ("touch {}", "ended with status 0; slept 3600 s"), ("false", "ended with status 1"),
-    ("/no/such/thing", "idle-command: "),
+    ("false", "ended with status 1"), ("/no/such/thing", "idle-command: "),
 ])  # fmt: skip
-def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command, text):
-    mark = tmp_path / "slept"
-    slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
-    head = f"[llmswap]\nidle-command = {command.format(mark)}\n"
-    head += "idle-command-after = 0.2s\n"
-    with brisk(head + "[a]\ncmd = FAKE\n", suspended_seconds=slept) as server:
+def test_a_failure_of_the_idle_command_is_logged(command, text):
+    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.2s\n"
+    with brisk(head + "[a]\ncmd = FAKE\n") as server:
         eventually(lambda: text in server.log())
         assert server.chat("a").status == 200
 
@@ -6822,19 +6805,13 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
         assert time.monotonic() < began + 4
 
 
-def test_an_address_is_shown_as_one_that_can_be_clicked():
-    assert llmswap.shown_address(("::", 80)) == "http://[::1]:80/"
-    assert llmswap.shown_address(("0.0.0.0", 80)) == "http://127.0.0.1:80/"
-    assert llmswap.shown_address(b"\0llmswap") == "unix:@llmswap"
-
-
 @pytest.mark.parametrize("is_journal", [False, True])
 def test_log_lines_have_time_or_priority_and_no_control_characters(
     tmp_path, monkeypatch, is_journal
 ):
     path = tmp_path / "log"
     with path.open("w") as stderr:
-        status = os.fstat(stderr.fileno())
+        status = os.fstat(2)
         stream = f"{status.st_dev}:{status.st_ino}" if is_journal else "8:1"
         monkeypatch.setenv("JOURNAL_STREAM", stream)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -8131,12 +8108,13 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
         pool = llmswap.Pool(no_models(), lambda *_: None)
         application = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, application)
-        server.start()
-        assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
             assert not server.try_idle_exit()
+            server.start()
             assert client.answer().status == 200
+            eventually(server.try_idle_exit)
+            assert server.is_serving()  # all that it should
         server.stop()
 
 
@@ -8154,21 +8132,9 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
-@pytest.mark.parametrize("open_it", [lambda _: socket.socket(), open])
-def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, open_it):
-    path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
-    path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
-    passed = open_it(path)
-    process = activation.activated(path, passed, stderr=subprocess.PIPE, text=True)
-    with passed, running(process, address):
-        line = process.stderr.readline()
-    assert "descriptor 3 from systemd is not a listening stream socket" in line
-
-
 def test_sockets_of_another_process_are_not_used():
-    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
-    listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and "without a shell" in complaint and environ == {}
+    with pytest.raises(OSError, match="without a shell"):
+        llmswap.passed_listeners({"LISTEN_FDS": "1", "LISTEN_PID": "1"})
 
 
 def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
@@ -8210,10 +8176,8 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
 def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
     systemd = activation.Notifications(str(tmp_path / "notify"))
     environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "40000"}
-    of_another = llmswap.SystemdNotifier({**environ, "WATCHDOG_PID": "1"})
     notifier = llmswap.SystemdNotifier(environ)
-    assert of_another.watchdog is None
-    assert notifier.watchdog == 0.04 and environ == {}
+    assert notifier.watchdog == 0.04
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
