@@ -6949,33 +6949,14 @@ class RepairStream:
 #    Never knows how it is served.
 #
 #    The page is one text without any outside resource. It asks for `/` again, as a
-#    stream of events; each of them is a whole `snapshot`, which replaces the last.
+#    stream of events; each of them is a whole snapshot, which replaces the last.
 # ==================================================================================
 
 
-class StatusReport(NamedTuple):
-    """What the page and Prometheus show. llmswap started at `born`, in Unix time."""
-
-    version: str
-    born: float
-    models: Sequence[ModelStatus]
-    metrics: Metrics
-    requests: int = 0  # RequestLog.steps()
-    problem: Optional[str] = None  # why the changed file is not in use
-    budget: Mapping[str, int] = {}  # bytes by resource
-
-
-def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON: the report without its metrics, and
-    each model's ModelStatus without pid, port and entry."""
-    models = []
-    for model in report.models:
-        failure = str(model.failure) if model.failure else None
-        shown_model = model._replace(failure=failure)._asdict()
-        del shown_model["pid"], shown_model["port"], shown_model["entry"]
-        models.append(shown_model)
-    shown = report._replace(models=models)._asdict()
-    del shown["metrics"]
+def shown_on_page(model: ModelStatus) -> dict:
+    """Return what the page shows of a model, ready for JSON."""
+    shown = {**model._asdict(), "failure": model.failure and str(model.failure)}
+    del shown["pid"], shown["port"], shown["entry"]
     return shown
 
 
@@ -7083,17 +7064,24 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(report: StatusReport) -> str:
-    """Return everything in Prometheus' text format, version 0.0.4."""
-    lines, cells = [], _cells_of(report)
+def metrics_text(
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int], born
+) -> str:
+    """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
+    `born`, in Unix time."""
+    lines, cells = [], collections.defaultdict(list)
+    numbers = {**metrics, **_gauges(models, budget), ("born",): born}
+    for (source, *values), number in numbers.items():
+        cells[source].append(("", values, number))
+    cells["swaps"] = [("", [], metrics["swaps",])]
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         labels = labels or ["model"]
-        samples = [("", values, number) for values, number in cells[source]]
+        samples = cells[source]
         if kind == "histogram":
             labels.append("le")
-            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+            samples = _buckets(metrics, source)
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -7105,40 +7093,35 @@ def metrics_text(report: StatusReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells_of(report):
-    """Return {source: [(values of its labels, number or None)]}."""
-    cells = collections.defaultdict(list)
-    for (source, *values), number in sorted(report.metrics.items(), key=repr):
-        cells[source].append((tuple(values), number))
-    python = "{}.{}.{}".format(*sys.version_info)
-    cells["build"] = [((report.version, python), 1)]
-    cells["born"] = [((), report.born)]
-    cells["cpu"] = [((), time.process_time())]
-    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
-    cells["swaps"] = [((), report.metrics["swaps",])]
-    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
-    gauges = "running waiting rss vram context progress tokens_per_second".split()
-    for model in report.models:
-        if model.shares is not None:
-            continue
-        for source in gauges:
-            cells[source].append(((model.id,), getattr(model, source)))
-        for state in State:
-            is_now = int(model.state == state.value)
-            cells["states"].append(((model.id, state.value), is_now))
-        for name, size in model.needs.items():
-            cells["needs"].append(((model.id, name), size))
-    return cells
+def _gauges(models, budget):
+    """Return {(source, values of its labels...): number or None}."""
+    gauges = {
+        ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
+        ("cpu",): time.process_time(),
+        ("memory",): memory_of(os.getpid()).get("VmRSS"),
+    }
+    gauges.update({("budget", name): size for name, size in budget.items()})
+    sources = "running waiting rss vram context progress tokens_per_second".split()
+    for model in models:
+        if model.shares is None:
+            for source in sources:
+                gauges[source, model.id] = getattr(model, source)
+            for state in State:
+                is_now = int(model.state == state.value)
+                gauges["states", model.id, state.value] = is_now
+            for name, size in model.needs.items():
+                gauges["needs", model.id, name] = size
+    return gauges
 
 
-def _buckets(counts, sums):
+def _buckets(metrics, source):
     """Yield each model's cumulative buckets, their sum and their count."""
-    for (model,), total in sums:
+    for name, model in [key for key in metrics if key[0] == f"{source}_sum"]:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += counts.get((model, index), 0)
+            reached += metrics[source, model, index]
             yield "_bucket", (model, bound), reached
-        yield "_sum", (model,), total
+        yield "_sum", (model,), metrics[name, model]
         yield "_count", (model,), reached
 
 
@@ -8332,30 +8315,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, report = revision, self._status_report()
-            is_busy = any(model.state != "unloaded" for model in report.models)
+            seen, models = revision, self._statuses()
+            is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            yield snapshot(report)
+            yield {
+                "born": self.server.born,
+                "models": [*map(shown_on_page, models)],
+                "requests": self.server.requests.steps(),
+                "problem": self.server.application.config_error,
+                "budget": self.pool.budget,
+            }
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
+        figures = self.pool.metrics(), self.pool.budget, self.server.born
+        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
 
-    def _status_report(self):
+    def _statuses(self):
         details = self.pool.inspector.details_of([*self.config.models.values()])
         models = []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
-        return StatusReport(
-            VERSION,
-            self.server.born,
-            models,
-            self.pool.metrics(),
-            self.server.requests.steps(),
-            self.server.application.config_error,
-            self.pool.budget,
-        )
+        return models
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8924,8 +8906,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.born = int(time.time())
         self.is_closing = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        is_unlimited = hard == resource.RLIM_INFINITY
+        limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
@@ -8968,18 +8950,15 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(1.0)  # until other connections have ended
             raise
 
-    def process_request(self, request, client_address):
-        """Serve the connection on a new thread, or refuse it."""
-        reason = f"{self.max_connections} connections are open already"
-        if len(self._connections) < self.max_connections:
+    def verify_request(self, request, client_address):
+        """Return whether the connection may be served; refuse it if not."""
+        is_accepted = len(self._connections) < self.max_connections
+        if is_accepted:
             self._connections.add(request)
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError as error:  # no thread could be started
-                reason = str(error)
-                self.log("error", f"a connection could not be served: {reason}")
-        refuse_connection(request, reason)
-        self.shutdown_request(request)
+        else:
+            reason = f"{self.max_connections} connections are open already"
+            refuse_connection(request, reason)
+        return is_accepted
 
     def shutdown_request(self, request):
         """Close a connection that was served or refused."""
@@ -9252,8 +9231,8 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.fill(key.help.replace("`", ""), 82, break_on_hyphens=False)
-            lines.append(textwrap.indent(help, " " * 6))
+            help = textwrap.wrap(key.help.replace("`", ""), 82, break_on_hyphens=False)
+            lines += [f"      {line}" for line in help]
         lines.append("")
     return "\n".join(lines)
 
