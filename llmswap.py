@@ -102,6 +102,7 @@ class ClientDisconnected(Exception):
 
 
 INVALID, OVERLOADED = "invalid_request_error", "overloaded_error"
+SERVER = "server_error"
 
 
 class APIError(Exception):
@@ -111,7 +112,7 @@ class APIError(Exception):
     `may_retry` False becomes `x-should-retry: false`, which the OpenAI SDKs obey.
     """
 
-    status, type, code = 500, "server_error", None
+    status, type, code = 500, SERVER, None
     retry_after = may_retry = None
     is_out_of_memory = False
 
@@ -121,85 +122,55 @@ class APIError(Exception):
         self.retry_after = retry_after or self.retry_after
 
 
-class BadRequest(APIError):
-    status, type, code = 400, INVALID, "invalid_request"
+def _error(status: int, kind: str, code: str, **more):
+    """Return a subclass of APIError with these attributes; `kind` is its `type`."""
+    attributes = {"status": status, "type": kind, "code": code, **more}
+    return type(code, (APIError,), attributes)
+
+
+BadRequest = _error(400, INVALID, "invalid_request")
+Unauthorized = _error(401, "authentication_error", "invalid_api_key")
+Forbidden = _error(403, "permission_error", "forbidden")
+FeatureDisabled = _error(403, "feature_disabled", "feature_disabled")
+NotFound = _error(404, INVALID, "not_found")
+ModelNotFound = _error(404, INVALID, "model_not_found")
+MethodNotAllowed = _error(405, INVALID, "method_not_allowed")
+RequestTimeout = _error(408, INVALID, "request_timeout")
+ModelNotLoaded = _error(409, INVALID, "model_not_loaded")
+ModelPinned = _error(409, INVALID, "model_pinned", may_retry=False)
+PayloadTooLarge = _error(413, INVALID, "request_too_large")
+UnsupportedCoding = _error(415, INVALID, "unsupported_content_encoding")
+HeadersTooLarge = _error(431, INVALID, "headers_too_large")
+RequestCancelled = _error(499, INVALID, "request_cancelled", may_retry=False)
+ModelMisconfigured = _error(500, SERVER, "model_unusable", may_retry=False)
+BackendDied = _error(502, SERVER, "backend_died")
+LoadBackoff = _error(503, SERVER, "model_backing_off")
+ModelUnloaded = _error(503, SERVER, "model_unloaded", may_retry=False)
+ShuttingDown = _error(503, SERVER, "shutting_down", retry_after=5)
+QueueFull = _error(503, OVERLOADED, "queue_full", retry_after=5)
+QueueTimeout = _error(503, OVERLOADED, "queue_timeout", retry_after=5)
+LoopDetected = _error(508, SERVER, "loop_detected", may_retry=False)
+
 
 class SpokenTLS(BadRequest):
     """A client spoke TLS where HTTP is served."""
 
-class Unauthorized(APIError):
-    status, type, code = 401, "authentication_error", "invalid_api_key"
-
-class Forbidden(APIError):
-    status, type, code = 403, "permission_error", "forbidden"
-
-class FeatureDisabled(APIError):
-    status, type, code = 403, "feature_disabled", "feature_disabled"
-
-class NotFound(APIError):
-    status, type, code = 404, INVALID, "not_found"
-
-class ModelNotFound(APIError):
-    status, type, code = 404, INVALID, "model_not_found"
-
-class MethodNotAllowed(APIError):
-    status, type, code = 405, INVALID, "method_not_allowed"
-
-class ModelNotLoaded(APIError):
-    status, type, code = 409, INVALID, "model_not_loaded"
-
-class ModelPinned(APIError):
-    status, type, code, may_retry = 409, INVALID, "model_pinned", False
-
-class RequestTimeout(APIError):
-    status, type, code = 408, INVALID, "request_timeout"
-
-class PayloadTooLarge(APIError):
-    status, type, code = 413, INVALID, "request_too_large"
-
-class UnsupportedCoding(APIError):
-    status, type, code = 415, INVALID, "unsupported_content_encoding"
-
-class HeadersTooLarge(APIError):
-    status, type, code = 431, INVALID, "headers_too_large"
-
-class RequestCancelled(APIError):
-    status, type, code, may_retry = 499, INVALID, "request_cancelled", False
-
-class ModelMisconfigured(APIError):
-    code, may_retry = "model_unusable", False
-
-class BackendDied(APIError):
-    status, code = 502, "backend_died"
 
 class LoadFailed(APIError):
+    """A model could not be loaded. `exit_code` is None unless its process exited by
+    itself. If it `is_out_of_memory`, fewer models beside it may help."""
+
     status, code, may_retry = 502, "model_start_failed", False
 
     def __init__(self, message, exit_code=None, is_out_of_memory=False):
         super().__init__(message)
-        self.exit_code = exit_code  # None unless the process exited by itself
-        self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
+        self.exit_code, self.is_out_of_memory = exit_code, is_out_of_memory
+
 
 class LoadTimeout(LoadFailed):
+    """A model made no progress for its load-timeout."""
+
     status, type, code = 504, "timeout_error", "model_load_timeout"
-
-class LoadBackoff(APIError):
-    status, code = 503, "model_backing_off"
-
-class QueueFull(APIError):
-    status, type, code, retry_after = 503, OVERLOADED, "queue_full", 5
-
-class QueueTimeout(APIError):
-    status, type, code, retry_after = 503, OVERLOADED, "queue_timeout", 5
-
-class ModelUnloaded(APIError):
-    status, code, may_retry = 503, "model_unloaded", False
-
-class LoopDetected(APIError):
-    status, code, may_retry = 508, "loop_detected", False
-
-class ShuttingDown(APIError):
-    status, code, retry_after = 503, "shutting_down", 5
 
 
 # ==================================================================================
@@ -6983,13 +6954,16 @@ class Usage(NamedTuple):
 
 
 # The text that a model writes cannot match: quotes in it are escaped.
-_NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
-_NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-_SPEEDS = ("predicted_per_second", "prompt_per_second")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
+_USAGE_NAMES = (  # of each field of Usage
+    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
+    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
+    ("predicted_per_second",),
+    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
+    ("prompt_per_second",),
+)
 _USAGE = re.compile(
-    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]' % _NAMES.encode()
+    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
+    % "|".join(sum(_USAGE_NAMES, ())).encode()
 )
 
 
@@ -6999,17 +6973,18 @@ def usage_in(excerpt: bytes) -> Usage:
 
     Of two values the last counts, and `usage` before llama-server's `timings`.
     """
-    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(excerpt)}
+    numbers = {
+        name.decode(): int(text) if text.isdigit() else float(text)
+        for name, text in _USAGE.findall(excerpt)
+    }
     if "input_tokens" in numbers:  # Anthropic counts without those in the cache
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    tokens_in, tokens_out, tokens_cached = (
-        next((int(numbers[name]) for name in names if name in numbers), None)
-        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
-    )
-    speeds = [numbers.get(name) for name in _SPEEDS]
-    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
+    return Usage(*(
+        next((numbers[name] for name in names if name in numbers), None)
+        for names in _USAGE_NAMES
+    ))
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -7034,8 +7009,7 @@ METRICS = (
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
-    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
-     "model", "state"),
+    ("gauge", "states", "model_state", "1 for its state, else 0.", "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -7043,12 +7017,10 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Size of a model's saved contexts."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "model", "status"),
+    ("counter", "requests", "requests_total", "Ended requests.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens taken from a cache, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Cached prompt tokens."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
@@ -7437,14 +7409,14 @@ async function followSnapshots() {
 }
 
 function applySnapshot(next) {
-  const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
-  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
+    const {id} = model, before = snapshot?.models.find((each) => each.id === id);
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
-    const text = `${model.id} ${model.state}`, old = before.get(model.id);
-    if (old && old !== model.state) setText($("live-region"), text);
+    const hasChanged = before && before.state !== model.state;
+    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
   }
+  [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
   paint();
 }
@@ -7792,7 +7764,6 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -9079,12 +9050,11 @@ def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
 
 
 class SystemdNotifier:
-    """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
-    `watchdog` is the longest time in seconds between two reports, or None."""
+    """Reports llmswap's state to systemd, if that asks for it. Any thread may call."""
 
     def __init__(self, environ: Mapping[str, str]):
         self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
-        self.watchdog = int(environ.get("WATCHDOG_USEC", 0)) / 1e6 or None
+        self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
@@ -9095,12 +9065,11 @@ class SystemdNotifier:
             sender.sendall("\n".join(lines).encode())
 
     def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and twice per `watchdog`, as long as
+        """Report what is loaded, at each change and twice per WATCHDOG_USEC, as long as
         `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
-        interval = self.watchdog / 2 if self.watchdog else None
         with pool.events.subscribe() as get:
             while self._address:
-                if is_serving() and pool.is_alive(interval or -1):
+                if is_serving() and pool.is_alive(self._interval or -1):
                     held = [
                         f"{status.id} {status.state}{percent(status.progress)[1:]}"
                         for status in pool.statuses()
@@ -9108,7 +9077,7 @@ class SystemdNotifier:
                     ]
                     text = ", ".join(held) or "nothing is loaded"
                     self.notify("WATCHDOG=1", f"STATUS={text}")
-                get(interval)
+                get(self._interval)
 
 
 UNITS = """\
@@ -9463,7 +9432,6 @@ class Application:
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.level = "debug" if args.verbose else config.settings.log_level
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -9472,7 +9440,6 @@ class Application:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._received.add(number))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
         if not listeners:
             return 0
@@ -9535,10 +9502,7 @@ class Application:
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                now = time.monotonic_ns() // 1000
-                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
                 self._try_reload()
-                self._notifier.notify("READY=1")
             elif number is not None:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
@@ -9557,6 +9521,7 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
+        self.log.level = "debug" if self._args.verbose else config.settings.log_level
         self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
@@ -9591,8 +9556,6 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.level = config.settings.log_level
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()

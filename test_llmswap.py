@@ -8131,7 +8131,7 @@ def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatc
         eventually(lambda: activated.statuses == [0])  # idle, it exits
 
 
-def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
+def test_systemd_is_notified_of_ready_status_and_stopping():
     systemd = activation.Notifications(f"@llmswap-test-{os.getpid()}")
     env = {"NOTIFY_SOCKET": systemd.address}
     text = "[a]\ncmd = FAKE\n[twin]\nuses = a\n"
@@ -8139,10 +8139,6 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
         systemd.until("READY=1")
         assert proxy.chat("a").status == 200
         systemd.until("STATUS=a loaded")
-        os.kill(proxy.pid, signal.SIGHUP)
-        reloading = systemd.until("RELOADING=1")[-1]
-        assert reloading[1].startswith("MONOTONIC_USEC=")
-        systemd.until("READY=1")
         client.send("POST", CHAT, chat_body("a", hang=True))
         eventually(lambda: proxy.get("/health").json()["requests"] == 1)
         proxy.process.terminate()
@@ -8156,7 +8152,6 @@ def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkey
     systemd = activation.Notifications(str(tmp_path / "notify"))
     environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "40000"}
     notifier = llmswap.SystemdNotifier(environ)
-    assert notifier.watchdog == 0.04
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
