@@ -7119,8 +7119,8 @@ body {
 h1 { font-size: 19px; }
 h2 { font-size: 13px; margin: 0 0 8px 2px; }
 h3 { font-size: 15px; }
-h2, small, #totals, #connection, #no-models, #stats, #thought, .about, .state, dt,
-.why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
+h2, small, #totals, #connection, #budget, #no-models, #stats, #thought, .about, .state,
+dt, .why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
 small { font-weight: 400; margin-left: 3px; }
 small, .about, .state, .why p, .request, #connection, #budget { font-size: 13.5px; }
 ul { list-style: none; padding: 0; overflow: hidden; }
@@ -7161,14 +7161,7 @@ header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 main section { margin-bottom: 26px; }
 #problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
 #no-models { padding: 72px 24px; text-align: center; }
-#budget p { display: flex; margin-bottom: 10px; }
-#budget span {
-  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
-  overflow: hidden; white-space: nowrap;
-  background: var(--sheet); border-left: 3px solid var(--loaded);
-}
-#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
-#budget span:first-child { flex: 0 0 112px !important; }
+#budget { margin: 0 0 16px 2px; white-space: pre-line; }
 
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
@@ -7482,18 +7475,13 @@ function paintTotals(own) {
 }
 
 function paintBudget(own) {
-  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
-    const held = own.map(({id, holds}) => [id, holds[name] || 0]);
-    const free = held.reduce((left, [, amount]) => left - amount, size);
-    const parts = [[name, size], ...held, ["free", free]];
-    return make("p", ...parts.map(([text, amount]) => {
-      const part = make("span", `${text} ${bytes(amount)}`);
-      part.title = part.textContent;
-      part.style.flexGrow = amount / size;
-      show(part, amount > 0);
-      return part;
-    }));
-  }));
+  const lines = Object.entries(snapshot.budget).map(([name, size]) => {
+    const held = own.filter(({holds}) => holds[name]);
+    const parts = held.map(({id, holds}) => `${id} ${bytes(holds[name])}`);
+    const free = held.reduce((left, {holds}) => left - holds[name], size);
+    return `${name} ${bytes(size)}: ${join([...parts, `free ${bytes(free)}`], ", ")}`;
+  });
+  setText($("budget"), lines.join("\n"));
 }
 
 function paintModel(row, model) {
@@ -7757,7 +7745,7 @@ STATUS_PAGE = """<!doctype html>
 <div class="columns">
   <main>
     <p id="problem" role="alert" hidden></p>
-    <div id="budget"></div>
+    <p id="budget"></p>
     <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <small></small></h2><ul></ul></section>
