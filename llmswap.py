@@ -6999,13 +6999,11 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in _cells_of(); metric, with llmswap_ before it unless it begins with
-# process_; help; labels. Without labels, a source of one number has none, all others
-# have `model`.
+# Kind; source in Metrics or _gauges(); metric, to which llmswap_ is prefixed unless it
+# begins with process_; help; labels. Without labels, a source of one number has none,
+# all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
-    ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
-    ("counter", "cpu", "process_cpu_seconds_total", "CPU time of llmswap."),
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
@@ -7037,15 +7035,13 @@ METRICS = (
 
 
 def metrics_text(
-    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int], born
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int]
 ) -> str:
-    """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
-    `born`, in Unix time."""
+    """Return everything in Prometheus' text format, version 0.0.4."""
     lines, cells = [], collections.defaultdict(list)
-    numbers = {**metrics, **_gauges(models, budget), ("born",): born}
+    numbers = {("swaps",): 0, **metrics, **_gauges(models, budget)}
     for (source, *values), number in numbers.items():
         cells[source].append(("", values, number))
-    cells["swaps"] = [("", [], metrics["swaps",])]
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
@@ -7069,7 +7065,6 @@ def _gauges(models, budget):
     """Return {(source, values of its labels...): number or None}."""
     gauges = {
         ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
-        ("cpu",): time.process_time(),
         ("memory",): memory_of(os.getpid()).get("VmRSS"),
     }
     gauges.update({("budget", name): size for name, size in budget.items()})
@@ -8287,8 +8282,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        figures = self.pool.metrics(), self.pool.budget, self.server.born
-        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
+        models, metrics = self._statuses(), self.pool.metrics()
+        text = metrics_text(models, metrics, self.pool.budget)
+        self._send_text(text, METRICS_TYPE)
 
     def _statuses(self):
         details = self.pool.inspector.details_of([*self.config.models.values()])
@@ -8895,7 +8891,7 @@ class Server(http.server.ThreadingHTTPServer):
                     if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()
 
-    def is_serving(self) -> bool:
+    def is_alive(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
         return self.is_closing or self._thread.is_alive()
 
@@ -9052,15 +9048,15 @@ class SystemdNotifier:
             sender.connect(self._address)
             sender.sendall("\n".join(lines).encode())
 
-    def watch(self, pool: Pool, is_serving: Callable[[], bool]):
+    def watch(self, server: Server):
         """Report what is loaded, at each change and twice per WATCHDOG_USEC, as long as
-        `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
-        with pool.events.subscribe() as get:
+        server and Pool are alive. Return only if systemd asked for none."""
+        with server.pool.events.subscribe() as get:
             while self._address:
-                if is_serving() and pool.is_alive(self._interval or -1):
+                if server.is_alive() and server.pool.is_alive(self._interval or -1):
                     held = [
                         f"{status.id} {status.state}{percent(status.progress)[1:]}"
-                        for status in pool.statuses()
+                        for status in server.pool.statuses()
                         if status.state != "unloaded" and not status.shares
                     ]
                     text = ", ".join(held) or "nothing is loaded"
@@ -9230,7 +9226,7 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, binaries = [], set()
+    unusable, unknown = [], set()
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
@@ -9239,8 +9235,8 @@ def check(config: Config) -> int:
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if model.kind == "llama-server":
-            binaries.add(model.settings.llama_server)
+        if table_of(model) is UNKNOWN_OPTIONS:
+            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -9253,9 +9249,8 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(binaries):
-        if options_of(binary) is UNKNOWN_OPTIONS:
-            print(f"the options of {binary} are unknown: they are passed on unchecked")
+    for binary in sorted(unknown):
+        print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
     count = f"{len(unusable)} of {len(config.models)} models cannot be used"
@@ -9440,8 +9435,7 @@ class Application:
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        watch, is_serving = self._notifier.watch, self.server.is_serving
-        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._notifier.watch, "systemd", self.server)
         if not self._cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
