@@ -7594,7 +7594,7 @@ let isFetching = false;
 
 async function fetchRequests() {
   const limit = $("search").value.trim() ? 500 : 100;
-  const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
+  const wanted = `${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
@@ -7648,10 +7648,7 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("search").addEventListener("input", () => {
-  paint();
-  fetchRequests();
-});
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
@@ -8273,7 +8270,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             yield {
-                "born": self.server.born,
                 "models": [*map(shown_on_page, models)],
                 "requests": self.server.requests.steps(),
                 "problem": self.server.application.config_error,
@@ -8980,7 +8976,7 @@ def open_listener(address: Address) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # or is no socket
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
-        os.unlink(address)  # left by a process that was killed
+        os.unlink(address)  # left by a process that has ended
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
@@ -9351,7 +9347,6 @@ def refuse_pending_connections():
 
 GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
 WATCH_EVERY = 1.0  # s between two looks at the file
-WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look and a reload
 
 
@@ -9384,12 +9379,8 @@ class FileWatch:
         self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
-        stamp = self._stamp()
-        while stamp not in (None, self._seen):
-            time.sleep(WATCH_SETTLES)
-            last, stamp = stamp, self._stamp()
-            if stamp == last:
-                return on_change()
+        if self._stamp() not in (None, self._seen):
+            on_change()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -9542,8 +9533,7 @@ class Application:
             self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            name = self._args.file or "the list of models"
-            self.log("info", f"{name} was read again")
+            self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
@@ -9604,11 +9594,6 @@ class Application:
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        for listener in self.server.sockets:
-            address = listener.getsockname()
-            if isinstance(address, str) and not self._is_activated:
-                with contextlib.suppress(OSError):
-                    os.unlink(address)  # later it may be the next llmswap's
         self.server.stop()
         start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:

@@ -3354,7 +3354,7 @@ def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
     os.close(read_end), os.close(write_end)
 
 
-def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path):
+def test_listen_needs_a_restart(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
     command = [*PYTHON, llmswap_file(), str(path)]
@@ -3364,12 +3364,6 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
         process.send_signal(signal.SIGHUP)
         assert any("`listen` needs a restart" in line for line in process.stderr)
         assert llmswap.is_llmswap(str(place))
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(place))
-            client.sendall(b"GET")
-            process.terminate()
-            eventually(lambda: not place.exists())
-            assert process.poll() is None  # it is gone before the requests end
 
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
@@ -7631,7 +7625,7 @@ def test_requests_are_fetched_at_changes_once_a_second_and_not_while_hidden(brow
         began = time.monotonic()
         for _ in range(200):
             assert server.chat("b").status == 200
-        browser.until("recentKey.includes(' 800 ') && !isFetching")  # four steps each
+        browser.until("recentKey.startsWith('800 ') && !isFetching")  # four steps each
         busy = browser.value(fetches)
         assert busy <= 2 + (time.monotonic() - began)
         age = f"parseInt({row('b', '.state span')}.innerText)"
