@@ -122,34 +122,40 @@ class APIError(Exception):
         self.retry_after = retry_after or self.retry_after
 
 
-def _error(status: int, kind: str, code: str, **more):
+def _error(name: str, status: int, kind: str, code: str, **more):
     """Return a subclass of APIError with these attributes; `kind` is its `type`."""
     attributes = {"status": status, "type": kind, "code": code, **more}
-    return type(code, (APIError,), attributes)
+    return type(name, (APIError,), attributes)
 
 
-BadRequest = _error(400, INVALID, "invalid_request")
-Unauthorized = _error(401, "authentication_error", "invalid_api_key")
-Forbidden = _error(403, "permission_error", "forbidden")
-FeatureDisabled = _error(403, "feature_disabled", "feature_disabled")
-NotFound = _error(404, INVALID, "not_found")
-ModelNotFound = _error(404, INVALID, "model_not_found")
-MethodNotAllowed = _error(405, INVALID, "method_not_allowed")
-RequestTimeout = _error(408, INVALID, "request_timeout")
-ModelNotLoaded = _error(409, INVALID, "model_not_loaded")
-ModelPinned = _error(409, INVALID, "model_pinned", may_retry=False)
-PayloadTooLarge = _error(413, INVALID, "request_too_large")
-UnsupportedCoding = _error(415, INVALID, "unsupported_content_encoding")
-HeadersTooLarge = _error(431, INVALID, "headers_too_large")
-RequestCancelled = _error(499, INVALID, "request_cancelled", may_retry=False)
-ModelMisconfigured = _error(500, SERVER, "model_unusable", may_retry=False)
-BackendDied = _error(502, SERVER, "backend_died")
-LoadBackoff = _error(503, SERVER, "model_backing_off")
-ModelUnloaded = _error(503, SERVER, "model_unloaded", may_retry=False)
-ShuttingDown = _error(503, SERVER, "shutting_down", retry_after=5)
-QueueFull = _error(503, OVERLOADED, "queue_full", retry_after=5)
-QueueTimeout = _error(503, OVERLOADED, "queue_timeout", retry_after=5)
-LoopDetected = _error(508, SERVER, "loop_detected", may_retry=False)
+BadRequest = _error("BadRequest", 400, INVALID, "invalid_request")
+Unauthorized = _error("Unauthorized", 401, "authentication_error", "invalid_api_key")
+Forbidden = _error("Forbidden", 403, "permission_error", "forbidden")
+FeatureDisabled = _error("FeatureDisabled", 403, "feature_disabled", "feature_disabled")
+NotFound = _error("NotFound", 404, INVALID, "not_found")
+ModelNotFound = _error("ModelNotFound", 404, INVALID, "model_not_found")
+MethodNotAllowed = _error("MethodNotAllowed", 405, INVALID, "method_not_allowed")
+RequestTimeout = _error("RequestTimeout", 408, INVALID, "request_timeout")
+ModelNotLoaded = _error("ModelNotLoaded", 409, INVALID, "model_not_loaded")
+ModelPinned = _error("ModelPinned", 409, INVALID, "model_pinned", may_retry=False)
+PayloadTooLarge = _error("PayloadTooLarge", 413, INVALID, "request_too_large")
+UnsupportedCoding = _error(
+    "UnsupportedCoding", 415, INVALID, "unsupported_content_encoding"
+)
+HeadersTooLarge = _error("HeadersTooLarge", 431, INVALID, "headers_too_large")
+RequestCancelled = _error(
+    "RequestCancelled", 499, INVALID, "request_cancelled", may_retry=False
+)
+ModelMisconfigured = _error(
+    "ModelMisconfigured", 500, SERVER, "model_unusable", may_retry=False
+)
+BackendDied = _error("BackendDied", 502, SERVER, "backend_died")
+LoadBackoff = _error("LoadBackoff", 503, SERVER, "model_backing_off")
+ModelUnloaded = _error("ModelUnloaded", 503, SERVER, "model_unloaded", may_retry=False)
+ShuttingDown = _error("ShuttingDown", 503, SERVER, "shutting_down", retry_after=5)
+QueueFull = _error("QueueFull", 503, OVERLOADED, "queue_full", retry_after=5)
+QueueTimeout = _error("QueueTimeout", 503, OVERLOADED, "queue_timeout", retry_after=5)
+LoopDetected = _error("LoopDetected", 508, SERVER, "loop_detected", may_retry=False)
 
 
 class SpokenTLS(BadRequest):
@@ -7983,10 +7989,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
             return await_event(self.request, select.POLLIN, IDLE_SECONDS)
-        with self.server.idling(self.request):
-            if self.server.is_closing:
-                return False
-            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
+        return self.server.await_next_request(self.request)
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
@@ -8857,8 +8860,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.born = int(time.time())
         self.is_closing = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        is_unlimited = hard == resource.RLIM_INFINITY
-        limit = MAX_DESCRIPTORS if is_unlimited else min(hard, MAX_DESCRIPTORS)
+        limit = min(hard, MAX_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
@@ -8901,15 +8903,14 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(1.0)  # until other connections have ended
             raise
 
-    def verify_request(self, request, client_address):
-        """Return whether the connection may be served; refuse it if not."""
-        is_accepted = len(self._connections) < self.max_connections
-        if is_accepted:
+    def process_request(self, request, client_address):
+        """Serve the connection on a new thread, or refuse it."""
+        if len(self._connections) < self.max_connections:
             self._connections.add(request)
-        else:
-            reason = f"{self.max_connections} connections are open already"
-            refuse_connection(request, reason)
-        return is_accepted
+            return super().process_request(request, client_address)
+        reason = f"{self.max_connections} connections are open already"
+        refuse_connection(request, reason)
+        self.shutdown_request(request)
 
     def shutdown_request(self, request):
         """Close a connection that was served or refused."""
@@ -8920,15 +8921,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket):
-        """In this block `stop` may close the connection, which waits for a request."""
+    def await_next_request(self, connection: socket.socket) -> bool:
+        """Return whether a request begins within IDLE_SECONDS, and before `stop`."""
         self._idle_connections.add(connection)
         self._active_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self._idle_connections.discard(connection)
+        is_open = not self.is_closing
+        has_begun = is_open and await_event(connection, select.POLLIN, IDLE_SECONDS)
+        self._idle_connections.discard(connection)
+        return has_begun
 
     def inactive_since(self) -> Optional[float]:
         """Return when a connection last became idle; None while any is busy."""
@@ -9306,7 +9306,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(keys_text(), end="")
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
-    file_watch = FileWatch(args.file) if args.file else None
+    file_watch = FileWatch(args.file or os.devnull)
     try:
         config = load(list_cached=cached_models)
     except ConfigError as error:
@@ -9483,7 +9483,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._file_watch and self._config.settings.watch:
+        if self._config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9519,8 +9519,7 @@ class Application:
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
         with self._reload_lock:
-            if self._file_watch:
-                self._file_watch.mark()
+            self._file_watch.mark()
             try:
                 config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
