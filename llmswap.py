@@ -7148,8 +7148,9 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header, .buttons, .send, #log h2, .request { display: flex; gap: 0 10px; }
-header, .buttons, #log h2 { align-items: center; }
+header, .buttons, .send, #log h2, .request {
+  display: flex; align-items: center; gap: 0 10px;
+}
 header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
@@ -7234,10 +7235,8 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  h3 small { display: block; margin: 0; }
-}
-@media (max-width: 620px) {
   .rest [data-do=log] { display: none; }
+  h3 small { display: block; margin: 0; }
 }
 """
 
@@ -7479,7 +7478,7 @@ function paintBudget(own) {
   const lines = Object.entries(snapshot.budget).map(([name, size]) => {
     const held = own.filter(({holds}) => holds[name]);
     const parts = held.map(({id, holds}) => `${id} ${bytes(holds[name])}`);
-    const free = held.reduce((left, {holds}) => left - holds[name], size);
+    const free = Math.max(0, held.reduce((left, {holds}) => left - holds[name], size));
     return `${name} ${bytes(size)}: ${join([...parts, `free ${bytes(free)}`], ", ")}`;
   });
   setText($("budget"), lines.join("\n"));
