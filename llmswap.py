@@ -7148,9 +7148,8 @@ pre {
   background: var(--ground); font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace;
 }
 
-header, .buttons, .send, #log h2, .request {
-  display: flex; align-items: center; gap: 0 10px;
-}
+header, .buttons, .send, #log h2, .request { display: flex; gap: 0 10px; }
+header, .buttons, #log h2 { align-items: center; }
 header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 #totals { flex: 1; }
 #search { width: 200px; }
@@ -9076,7 +9075,6 @@ WantedBy=sockets.target
 [Unit]
 Description=One address for many local language models
 Requires=llmswap.socket
-After=llmswap.socket
 StartLimitIntervalSec=30
 StartLimitBurst=30
 
