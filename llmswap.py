@@ -59,8 +59,6 @@ import http.client
 import http.server
 import itertools
 import json
-import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -140,6 +138,9 @@ class NotFound(APIError):
 
 class ModelNotFound(APIError):
     status, type, code = 404, INVALID, "model_not_found"
+
+class MethodNotAllowed(APIError):
+    status, type, code = 405, INVALID, "method_not_allowed"
 
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
@@ -4515,7 +4516,8 @@ class Pool:
         for model in list(self.config.models.values()):
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
-        self.resume_keep_loaded()
+        with self._event():
+            self._scheduler.is_keep_loaded_paused = False
 
     def _adopt_units(self):
         """Adopt the units that run already."""
@@ -6538,33 +6540,14 @@ class RepairStream:
 #    Never knows how it is served.
 #
 #    The page is one text without any outside resource. It asks for `/` again, as a
-#    stream of events; each of them is a whole `snapshot`, which replaces the last.
+#    stream of events; each of them is a whole snapshot, which replaces the last.
 # ==================================================================================
 
 
-class StatusReport(NamedTuple):
-    """What the page and Prometheus show. llmswap started at `born`, in Unix time."""
-
-    version: str
-    born: float
-    models: Sequence[ModelStatus]
-    metrics: Metrics
-    requests: int = 0  # RequestLog.steps()
-    problem: Optional[str] = None  # why the changed file is not in use
-    budget: Mapping[str, int] = {}  # bytes by resource
-
-
-def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON: the report without its metrics, and
-    each model's ModelStatus without pid, port and entry."""
-    models = []
-    for model in report.models:
-        failure = str(model.failure) if model.failure else None
-        shown_model = model._replace(failure=failure)._asdict()
-        del shown_model["pid"], shown_model["port"], shown_model["entry"]
-        models.append(shown_model)
-    shown = report._replace(models=models)._asdict()
-    del shown["metrics"]
+def shown_on_page(model: ModelStatus) -> dict:
+    """Return what the page shows of a model, ready for JSON."""
+    shown = {**model._asdict(), "failure": model.failure and str(model.failure)}
+    del shown["pid"], shown["port"], shown["entry"]
     return shown
 
 
@@ -6591,13 +6574,16 @@ class Usage(NamedTuple):
 
 
 # The text that a model writes cannot match: quotes in it are escaped.
-_NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
-_NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-_SPEEDS = ("predicted_per_second", "prompt_per_second")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
+_USAGE_NAMES = (  # of each field of Usage
+    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
+    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
+    ("predicted_per_second",),
+    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
+    ("prompt_per_second",),
+)
 _USAGE = re.compile(
-    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]' % _NAMES.encode()
+    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
+    % "|".join(sum(_USAGE_NAMES, ())).encode()
 )
 
 
@@ -6607,17 +6593,18 @@ def usage_in(excerpt: bytes) -> Usage:
 
     Of two values the last counts, and `usage` before llama-server's `timings`.
     """
-    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(excerpt)}
+    numbers = {
+        name.decode(): int(text) if text.isdigit() else float(text)
+        for name, text in _USAGE.findall(excerpt)
+    }
     if "input_tokens" in numbers:  # Anthropic counts without those in the cache
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    tokens_in, tokens_out, tokens_cached = (
-        next((int(numbers[name]) for name in names if name in numbers), None)
-        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
-    )
-    speeds = [numbers.get(name) for name in _SPEEDS]
-    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
+    return Usage(*(
+        next((numbers[name] for name in names if name in numbers), None)
+        for names in _USAGE_NAMES
+    ))
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -6632,18 +6619,15 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in _cells_of(); metric, with llmswap_ before it unless it begins with
-# process_; help; labels. Without labels, a source of one number has none, all others
-# have `model`.
+# Kind; source in Metrics or _gauges(); metric, to which llmswap_ is prefixed unless it
+# begins with process_; help; labels. Without labels, a source of one number has none,
+# all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
-    ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
-    ("counter", "cpu", "process_cpu_seconds_total", "CPU time of llmswap."),
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
-    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
-     "model", "state"),
+    ("gauge", "states", "model_state", "1 for its state, else 0.", "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -6651,12 +6635,10 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Size of a model's saved contexts."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "model", "status"),
+    ("counter", "requests", "requests_total", "Ended requests.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens taken from a cache, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Cached prompt tokens."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
@@ -6672,17 +6654,22 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(report: StatusReport) -> str:
+def metrics_text(
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int]
+) -> str:
     """Return everything in Prometheus' text format, version 0.0.4."""
-    lines, cells = [], _cells_of(report)
+    lines, cells = [], collections.defaultdict(list)
+    numbers = {("swaps",): 0, **metrics, **_gauges(models, budget)}
+    for (source, *values), number in numbers.items():
+        cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         labels = labels or ["model"]
-        samples = [("", values, number) for values, number in cells[source]]
+        samples = cells[source]
         if kind == "histogram":
             labels.append("le")
-            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+            samples = _buckets(metrics, source)
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -6694,40 +6681,34 @@ def metrics_text(report: StatusReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells_of(report):
-    """Return {source: [(values of its labels, number or None)]}."""
-    cells = collections.defaultdict(list)
-    for (source, *values), number in sorted(report.metrics.items(), key=repr):
-        cells[source].append((tuple(values), number))
-    python = "{}.{}.{}".format(*sys.version_info)
-    cells["build"] = [((report.version, python), 1)]
-    cells["born"] = [((), report.born)]
-    cells["cpu"] = [((), time.process_time())]
-    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
-    cells["swaps"] = [((), report.metrics["swaps",])]
-    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
-    gauges = "running waiting rss vram context progress tokens_per_second".split()
-    for model in report.models:
-        if model.shares is not None:
-            continue
-        for source in gauges:
-            cells[source].append(((model.id,), getattr(model, source)))
-        for state in State:
-            is_now = int(model.state == state.value)
-            cells["states"].append(((model.id, state.value), is_now))
-        for name, size in model.needs.items():
-            cells["needs"].append(((model.id, name), size))
-    return cells
+def _gauges(models, budget):
+    """Return {(source, values of its labels...): number or None}."""
+    gauges = {
+        ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
+        ("memory",): memory_of(os.getpid()).get("VmRSS"),
+    }
+    gauges.update({("budget", name): size for name, size in budget.items()})
+    sources = "running waiting rss vram context progress tokens_per_second".split()
+    for model in models:
+        if model.shares is None:
+            for source in sources:
+                gauges[source, model.id] = getattr(model, source)
+            for state in State:
+                is_now = int(model.state == state.value)
+                gauges["states", model.id, state.value] = is_now
+            for name, size in model.needs.items():
+                gauges["needs", model.id, name] = size
+    return gauges
 
 
-def _buckets(counts, sums):
+def _buckets(metrics, source):
     """Yield each model's cumulative buckets, their sum and their count."""
-    for (model,), total in sums:
+    for name, model in [key for key in metrics if key[0] == f"{source}_sum"]:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += counts.get((model, index), 0)
+            reached += metrics[source, model, index]
             yield "_bucket", (model, bound), reached
-        yield "_sum", (model,), total
+        yield "_sum", (model,), metrics[name, model]
         yield "_count", (model,), reached
 
 
@@ -6753,8 +6734,8 @@ body {
 h1 { font-size: 19px; }
 h2 { font-size: 13px; margin: 0 0 8px 2px; }
 h3 { font-size: 15px; }
-h2, small, #totals, #connection, #no-models, #stats, #thought, .about, .state, dt,
-.why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
+h2, small, #totals, #connection, #budget, #no-models, #stats, #thought, .about, .state,
+dt, .why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
 small { font-weight: 400; margin-left: 3px; }
 small, .about, .state, .why p, .request, #connection, #budget { font-size: 13.5px; }
 ul { list-style: none; padding: 0; overflow: hidden; }
@@ -6795,14 +6776,7 @@ header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 main section { margin-bottom: 26px; }
 #problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
 #no-models { padding: 72px 24px; text-align: center; }
-#budget p { display: flex; margin-bottom: 10px; }
-#budget span {
-  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
-  overflow: hidden; white-space: nowrap;
-  background: var(--sheet); border-left: 3px solid var(--loaded);
-}
-#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
-#budget span:first-child { flex: 0 0 112px !important; }
+#budget { margin: 0 0 16px 2px; white-space: pre-line; }
 
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
@@ -6874,10 +6848,8 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  h3 small { display: block; margin: 0; }
-}
-@media (max-width: 620px) {
   .rest [data-do=log] { display: none; }
+  h3 small { display: block; margin: 0; }
 }
 """
 
@@ -7043,14 +7015,14 @@ async function followSnapshots() {
 }
 
 function applySnapshot(next) {
-  const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
-  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
+    const {id} = model, before = snapshot?.models.find((each) => each.id === id);
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
-    const text = `${model.id} ${model.state}`, old = before.get(model.id);
-    if (old && old !== model.state) setText($("live-region"), text);
+    const hasChanged = before && before.state !== model.state;
+    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
   }
+  [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
   paint();
 }
@@ -7116,18 +7088,13 @@ function paintTotals(own) {
 }
 
 function paintBudget(own) {
-  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
-    const held = own.map(({id, holds}) => [id, holds[name] || 0]);
-    const free = held.reduce((left, [, amount]) => left - amount, size);
-    const parts = [[name, size], ...held, ["free", free]];
-    return make("p", ...parts.map(([text, amount]) => {
-      const part = make("span", `${text} ${bytes(amount)}`);
-      part.title = part.textContent;
-      part.style.flexGrow = amount / size;
-      show(part, amount > 0);
-      return part;
-    }));
-  }));
+  const lines = Object.entries(snapshot.budget).map(([name, size]) => {
+    const held = own.filter(({holds}) => holds[name]);
+    const parts = held.map(({id, holds}) => `${id} ${bytes(holds[name])}`);
+    const free = Math.max(0, held.reduce((left, {holds}) => left - holds[name], size));
+    return `${name} ${bytes(size)}: ${join([...parts, `free ${bytes(free)}`], ", ")}`;
+  });
+  setText($("budget"), lines.join("\n"));
 }
 
 function paintModel(row, model) {
@@ -7245,7 +7212,7 @@ let isFetching = false;
 
 async function fetchRequests() {
   const limit = $("search").value.trim() ? 500 : 100;
-  const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
+  const wanted = `${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
@@ -7299,10 +7266,7 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("search").addEventListener("input", () => {
-  paint();
-  fetchRequests();
-});
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
@@ -7391,14 +7355,13 @@ STATUS_PAGE = """<!doctype html>
 <div class="columns">
   <main>
     <p id="problem" role="alert" hidden></p>
-    <div id="budget"></div>
+    <p id="budget"></p>
     <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <small></small></h2><ul></ul></section>
     <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -7627,10 +7590,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
             return await_event(self.request, select.POLLIN, IDLE_SECONDS)
-        with self.server.idling(self.request):
-            if self.server.is_closing:
-                return False
-            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
+        return self.server.await_next_request(self.request)
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
@@ -7726,6 +7686,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
+        if error.status == 405:
+            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
@@ -7844,7 +7806,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
-            raise NotFound(f"there is nothing to {self.head.method} at {path}")
+            raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
         if path.startswith("/v1/v1/"):
             url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
@@ -7888,32 +7850,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, report = revision, self._status_report()
-            is_busy = any(model.state != "unloaded" for model in report.models)
+            seen, models = revision, self._statuses()
+            is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            yield snapshot(report)
+            yield {
+                "models": [*map(shown_on_page, models)],
+                "requests": self.server.requests.steps(),
+                "problem": self.server.application.config_error,
+                "budget": self.pool.budget,
+            }
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
+        models, metrics = self._statuses(), self.pool.metrics()
+        text = metrics_text(models, metrics, self.pool.budget)
+        self._send_text(text, METRICS_TYPE)
 
     def _details(self):
         return self.pool.inspector.details_of([*self.config.models.values()])
 
-    def _status_report(self):
+    def _statuses(self):
         details, models = self._details(), []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
-        return StatusReport(
-            VERSION,
-            self.server.born,
-            models,
-            self.pool.metrics(),
-            self.server.requests.steps(),
-            self.server.application.config_error,
-            self.pool.budget,
-        )
+        return models
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8404,50 +8365,41 @@ MAX_CONNECTIONS = 4096
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
-    with a priority if stderr is systemd's journal, else with the time.
+    `log(level, text)` drops what is less important than `log.level`. Lines begin with a
+    priority if stderr is systemd's journal, else with the time.
     """
 
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+    PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = False
-        with contextlib.suppress(OSError, ValueError):
-            status = os.fstat(sys.stderr.fileno())
-            journal = f"{status.st_dev}:{status.st_ino}"
-            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
-        lines = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(lines, self)
-        self._listener.start()
-        self._handler = logging.handlers.QueueHandler(lines)
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._handler)
-        self.set_level("info")
-
-    def set_level(self, level: str):
-        """Drop what is less important than `level`."""
-        self._handler.setLevel(level.upper())
+        self.level = "info"
+        stderr = os.fstat(2)
+        stream = f"{stderr.st_dev}:{stderr.st_ino}"
+        self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
+        self._texts = queue.SimpleQueue()
+        self._thread = start_thread(self._write, "log")
 
     def __call__(self, level: str, text: str):
-        self._logger.log(getattr(logging, level.upper()), text)
+        priority = self.PRIORITIES[level]
+        if priority <= self.PRIORITIES[self.level]:
+            self._texts.put((time.strftime("%H:%M:%S"), priority, text))
 
-    def handle(self, record: logging.LogRecord):
-        """Write a record, on the listener's thread. Its further lines are indented, so
-        that none looks like another record."""
-        text = printable(record.getMessage()).replace("\n", "\n  ")
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {text}"
-        self.feed.publish(line)
-        if self._is_journal:
-            priority = f"<{self.PRIORITIES[record.levelname]}>"
-            line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError, ValueError):  # it may be closed
-            print(line, file=sys.stderr, flush=True)
+    def _write(self):
+        for clock, priority, text in iter(self._texts.get, None):
+            # indented, so that a text of several lines does not look like several texts
+            text = printable(text).replace("\n", "\n  ")
+            line = f"{clock} {text}"
+            self.feed.publish(line)
+            if self._is_journal:
+                line = f"<{priority}>" + text.replace("\n", f"\n<{priority}>")
+            with contextlib.suppress(OSError):  # stderr may be closed
+                print(line, file=sys.stderr, flush=True)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        start_thread(self._listener.stop, "log").join(1.0)
+        self._texts.put(None)
+        self._thread.join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8463,45 +8415,37 @@ class Server(http.server.ThreadingHTTPServer):
         self.born = int(time.time())
         self.is_closing = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        limit = min(hard, MAX_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = False
+        self._accepting = threading.Lock()
         for sock in sockets:
             sock.setblocking(False)
 
     def start(self):
         """Accept connections, on a thread of its own."""
-        self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`; the base class would wake up twice a second."""
+        """Accept until `stop`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_reader as stop_reader:
-            for each in (stop_reader, *self.sockets):
-                waiter.register(each, select.POLLIN)
-            while not self._is_paused:
-                ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:  # on which get_request() accepts
-                    if self.socket.fileno() in ready:
+        for each in (self._stop_reader, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self.is_closing:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:  # on which get_request() accepts
+                with self._accepting:
+                    if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()
 
-    def shutdown(self):
-        """Stop accepting; the sockets stay open."""
-        self._is_paused = True
-        self._stop_writer.close()
-        self._thread.join(1.0)
-
-    def is_serving(self) -> bool:
+    def is_alive(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
-        return self._is_paused or self._thread.is_alive()
+        return self.is_closing or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -8515,14 +8459,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        reason = f"{self.max_connections} connections are open already"
         if len(self._connections) < self.max_connections:
             self._connections.add(request)
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError as error:  # no thread could be started
-                reason = str(error)
-                self.log("error", f"a connection could not be served: {reason}")
+            return super().process_request(request, client_address)
+        reason = f"{self.max_connections} connections are open already"
         refuse_connection(request, reason)
         self.shutdown_request(request)
 
@@ -8535,15 +8475,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket):
-        """In this block `stop` may close the connection, which waits for a request."""
+    def await_next_request(self, connection: socket.socket) -> bool:
+        """Return whether a request begins within IDLE_SECONDS, and before `stop`."""
         self._idle_connections.add(connection)
         self._active_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self._idle_connections.discard(connection)
+        is_open = not self.is_closing
+        has_begun = is_open and await_event(connection, select.POLLIN, IDLE_SECONDS)
+        self._idle_connections.discard(connection)
+        return has_begun
 
     def inactive_since(self) -> Optional[float]:
         """Return when a connection last became idle; None while any is busy."""
@@ -8551,19 +8490,18 @@ class Server(http.server.ThreadingHTTPServer):
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Stop accepting and return True; if a client has connected, go on and return
-        False. Later ones wait in the backlog of the sockets, which systemd keeps."""
-        self.shutdown()
-        pending = select.select(self.sockets, [], [], 0)[0]
-        if self.inactive_since() is not None and not pending:
-            return True
-        self.start()
-        return False
+        """Accept no more and return True, unless a client is connected. Later ones wait
+        in the backlog of the sockets, which systemd keeps."""
+        with self._accepting:
+            pending = select.select(self.sockets, [], [], 0)[0]
+            self.is_closing = self.inactive_since() is not None and not pending
+        return self.is_closing
 
     def stop(self):
         """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self.shutdown()
+        self._stop_writer.close()
+        self._thread.join(1.0)
         for sock in self.sockets:
             sock.close()  # it is never shut down: systemd may own it
         for connection in list(self._idle_connections):
@@ -8592,7 +8530,7 @@ def open_listener(address: Address) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # or is no socket
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
-        os.unlink(address)  # left by a process that was killed
+        os.unlink(address)  # left by a process that has ended
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
@@ -8621,18 +8559,9 @@ def is_llmswap(address: Address) -> bool:
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    if isinstance(address, bytes):  # an abstract one, from systemd
-        return f"unix:@{os.fsdecode(address[1:])}"
-    host, port = address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{_joined(host, port)}/"
-
-
-def _resolved(host, port):
-    """Return the numeric address of a host, as systemd does not look up names."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][:2]
+    if not isinstance(address, tuple):
+        return f"unix:{os.fsdecode(address)}"
+    return f"http://{_joined(*address[:2])}/"
 
 
 def _joined(host, port):
@@ -8642,38 +8571,24 @@ def _joined(host, port):
 # -- systemd ---------------------------------------------------------------------------
 
 
-def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
-    """Return the listening sockets that systemd passed, and what is wrong with them.
-    Its variables are removed from `environ`."""
-    names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-    count, pid, *_ = [environ.pop(name, "") for name in names]
+def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
+    """Return the listening sockets that systemd passed. Raise OSError if it passed them
+    to another process."""
+    count, pid = int(environ.get("LISTEN_FDS", 0)), environ.get("LISTEN_PID")
     if count and pid != str(os.getpid()):
-        return [], (
+        raise OSError(
             f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
             "start llmswap without a shell around it, or with exec"
         )
-    listeners = []
-    for fd in range(3, 3 + int(count or 0)):
-        try:
-            listener = socket.socket(fileno=fd)
-            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError:
-            accepts = False
-        if not accepts:
-            return [], f"descriptor {fd} from systemd is not a listening stream socket"
-        listeners.append(listener)
-    return listeners, None
+    return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
 class SystemdNotifier:
-    """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
-    `watchdog` is the longest time in seconds between two reports, or None."""
+    """Reports llmswap's state to systemd, if that asks for it. Any thread may call."""
 
-    def __init__(self, environ: Dict[str, str]):
-        self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
-        microseconds = environ.pop("WATCHDOG_USEC", "")
-        is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
+    def __init__(self, environ: Mapping[str, str]):
+        self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
+        self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
@@ -8683,21 +8598,20 @@ class SystemdNotifier:
             sender.connect(self._address)
             sender.sendall("\n".join(lines).encode())
 
-    def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and twice per `watchdog`, as long as
-        `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
-        interval = self.watchdog / 2 if self.watchdog else None
-        with pool.events.subscribe() as get:
+    def watch(self, server: Server):
+        """Report what is loaded, at each change and twice per WATCHDOG_USEC, as long as
+        server and Pool are alive. Return only if systemd asked for none."""
+        with server.pool.events.subscribe() as get:
             while self._address:
-                if is_serving() and pool.is_alive(interval or -1):
+                if server.is_alive() and server.pool.is_alive(self._interval or -1):
                     held = [
                         f"{status.id} {status.state}{percent(status.progress)[1:]}"
-                        for status in pool.statuses()
+                        for status in server.pool.statuses()
                         if status.state != "unloaded" and not status.shares
                     ]
                     text = ", ".join(held) or "nothing is loaded"
                     self.notify("WATCHDOG=1", f"STATUS={text}")
-                get(interval)
+                get(self._interval)
 
 
 UNITS = """\
@@ -8707,6 +8621,7 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
+SocketMode=0660
 BindIPv6Only=ipv6-only
 
 [Install]
@@ -8716,7 +8631,6 @@ WantedBy=sockets.target
 [Unit]
 Description=One address for many local language models
 Requires=llmswap.socket
-After=llmswap.socket
 StartLimitIntervalSec=30
 StartLimitBurst=30
 
@@ -8741,14 +8655,15 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    streams = []
+    addresses = []
     for address in config.settings.listen:
-        is_unix = isinstance(address, str)
-        place = os.path.abspath(address) if is_unix else _joined(*_resolved(*address))
-        streams.append("ListenStream=" + place.replace("%", "%%"))
-        streams += ["SocketMode=0660"] if is_unix else []
+        if isinstance(address, str):
+            addresses.append(os.path.abspath(address).replace("%", "%%"))
+        else:  # numeric, as systemd does not look up names
+            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            addresses.append(_joined(*found[4][:2]))
     return UNITS.format(
-        streams="\n".join(streams),
+        streams="\n".join(f"ListenStream={address}" for address in addresses),
         folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -8757,9 +8672,8 @@ def units_for(config: Config) -> str:
 
 def _unit_word(word):
     word = word.replace("%", "%%")
-    if re.search(r"[\s\"'\\;]", word):
-        word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return word
+    needs_quotes = re.search(r"[\s\"'\\;]", word)
+    return json.dumps(word, ensure_ascii=False) if needs_quotes else word
 
 
 # -- the demo model server -------------------------------------------------------------
@@ -8770,30 +8684,25 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # the head and the body in one packet
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
+        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
+        self._send([to_json(value)])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except MALFORMED:
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
-        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages") or [{}]
+        text = f"{model} says: {messages[-1].get('content') or 'squawk'}"
+        words = re.findall(r"\S+\s*", text)
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
-        reply = {"role": "assistant", "content": "".join(words)}
+            return self._send(self._events(words), "text/event-stream")
+        reply = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer({**answer, "choices": [choice], "usage": usage})
+        self._send([to_json({**answer, "choices": [choice], "usage": usage})])
 
     def _events(self, words):
         for word in words:
@@ -8802,17 +8711,13 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
-
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, pieces, content_type="application/json"):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         for piece in itertools.chain(pieces, [b""]):
             self.wfile.write(as_chunk(piece))
-            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing, as llmswap would show it as the model's output."""
@@ -8828,8 +8733,8 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.fill(key.help.replace("`", ""), 82, break_on_hyphens=False)
-            lines.append(textwrap.indent(help, " " * 6))
+            help = textwrap.wrap(key.help.replace("`", ""), 82, break_on_hyphens=False)
+            lines += [f"      {line}" for line in help]
         lines.append("")
     return "\n".join(lines)
 
@@ -8870,7 +8775,7 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, binaries = [], set()
+    unusable, unknown = [], set()
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
@@ -8879,8 +8784,8 @@ def check(config: Config) -> int:
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if model.kind == "llama-server":
-            binaries.add(model.settings.llama_server)
+        if table_of(model) is UNKNOWN_OPTIONS:
+            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -8893,9 +8798,8 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(binaries):
-        if options_of(binary) is UNKNOWN_OPTIONS:
-            print(f"the options of {binary} are unknown: they are passed on unchecked")
+    for binary in sorted(unknown):
+        print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
     count = f"{len(unusable)} of {len(config.models)} models cannot be used"
@@ -8936,8 +8840,6 @@ def prepare_process():
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
@@ -8957,7 +8859,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(keys_text(), end="")
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
-    file_watch = FileWatch(args.file) if args.file else None
+    file_watch = FileWatch(args.file or os.devnull)
     try:
         config = load(list_cached=cached_models)
     except ConfigError as error:
@@ -8986,7 +8888,7 @@ def refuse_pending_connections():
     """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
     start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
-    for listener in take_listeners(os.environ)[0]:
+    for listener in passed_listeners(os.environ):
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # when there are no more
             while True:
@@ -8998,7 +8900,6 @@ def refuse_pending_connections():
 
 GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
 WATCH_EVERY = 1.0  # s between two looks at the file
-WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look and a reload
 
 
@@ -9013,7 +8914,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._look = None  # the thread of the last one
+        self._look = threading.Thread()  # the last one
         self.mark()
 
     def mark(self):
@@ -9025,22 +8926,14 @@ class FileWatch:
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         with self._lock:
             now = time.monotonic()
-            is_due = now >= self._looked_at + WATCH_EVERY
-            if is_due and not (self._look and self._look.is_alive()):
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # there can be no more threads
-                    self._look = start_thread(self._find_change, "watch", on_change)
-            look = self._look
-        if look:
-            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                self._look = start_thread(self._find_change, "watch", on_change)
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
-        stamp = self._stamp()
-        while stamp not in (None, self._seen):
-            time.sleep(WATCH_SETTLES)
-            last, stamp = stamp, self._stamp()
-            if stamp == last:
-                return on_change()
+        if self._stamp() not in (None, self._seen):
+            on_change()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -9063,11 +8956,9 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -9076,11 +8967,9 @@ class Application:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._received.add(number))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
-        if isinstance(listeners, int):
-            self.log.close()
-            return listeners
+        if not listeners:
+            return 0
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -9090,8 +8979,7 @@ class Application:
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        watch, is_serving = self._notifier.watch, self.server.is_serving
-        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._notifier.watch, "systemd", self.server)
         if not self._cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
@@ -9104,31 +8992,22 @@ class Application:
             self._signals.settimeout(min(timeout, MAX_WAIT))
             with contextlib.suppress(socket.timeout, BlockingIOError):
                 self._signals.recv(4096)
-        for number in (0, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number in self._received:
-                self._received.remove(number)
-                return number
+        return self._received.pop() if self._received else None
 
     def _open_listeners(self):
-        """Return the listening sockets, or an exit status if an address is taken."""
-        listeners, complaint = take_listeners(os.environ)
-        if complaint:
-            self.log("warning", complaint)
-        if listeners:
-            self._is_activated = True
-            return listeners
-        for address in self._config.settings.listen:
+        """Return the listening sockets; none if llmswap answers at one of the addresses
+        already. Raise OSError if an address cannot be used."""
+        listeners = passed_listeners(os.environ)
+        self._is_activated = bool(listeners)
+        for address in () if listeners else self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
                 shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {shown} already")
-                    return 0
-                # without "(while attempting to bind on address ...)"
-                reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {shown}: {reason}")
-                return 1
+                    print(f"llmswap answers at {shown} already", file=sys.stderr)
+                    return []
+                raise OSError(f"cannot listen on {shown}: {error}") from None
         return listeners
 
     def _log_models(self, config):
@@ -9149,10 +9028,7 @@ class Application:
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                now = time.monotonic_ns() // 1000
-                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
                 self._try_reload()
-                self._notifier.notify("READY=1")
             elif number is not None:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
@@ -9160,7 +9036,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._file_watch and self._config.settings.watch:
+        if self._config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9171,9 +9047,8 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        self.log.level = "debug" if self._args.verbose else config.settings.log_level
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
@@ -9197,8 +9072,7 @@ class Application:
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
         with self._reload_lock:
-            if self._file_watch:
-                self._file_watch.mark()
+            self._file_watch.mark()
             try:
                 config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
@@ -9207,14 +9081,11 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            name = self._args.file or "the list of models"
-            self.log("info", f"{name} was read again")
+            self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
@@ -9227,20 +9098,19 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        last_run = -math.inf
+        ran_at = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = math.inf
-            limit = settings.idle_command_after if settings.idle_command else 0
-            if limit and idle_since is None:
-                pause = max(1.0, limit)
-            elif limit:
-                pause = max(idle_since, last_run) + limit - time.monotonic()
+            now, limit = time.monotonic(), settings.idle_command_after
+            if not (limit and settings.idle_command):
+                limit = math.inf
+            since = now if idle_since is None else max(idle_since, ran_at)
+            pause = since + limit - now
             if pause <= 0:
                 pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
-                    last_run = time.monotonic()
+                    ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
@@ -9264,24 +9134,18 @@ class Application:
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
-        suspended, environment = suspended_seconds(), clean_environment({})
+        options = {"stdin": subprocess.DEVNULL, "env": clean_environment({})}
         try:
-            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
+            status = subprocess.call(command, **options)
         except OSError as error:
             return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
-        slept = max(0.0, suspended_seconds() - suspended)
-        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        self.log(level, f"idle-command ended with status {status}")
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        for listener in self.server.sockets:
-            address = listener.getsockname()
-            if isinstance(address, str) and not self._is_activated:
-                with contextlib.suppress(OSError):
-                    os.unlink(address)  # later it may be the next llmswap's
         self.server.stop()
         start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:

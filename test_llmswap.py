@@ -3328,7 +3328,7 @@ def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
     os.close(read_end), os.close(write_end)
 
 
-def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path):
+def test_listen_needs_a_restart(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
     command = [*PYTHON, llmswap_file(), str(path)]
@@ -3338,12 +3338,6 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
         process.send_signal(signal.SIGHUP)
         assert any("`listen` needs a restart" in line for line in process.stderr)
         assert llmswap.is_llmswap(str(place))
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(place))
-            client.sendall(b"GET")
-            process.terminate()
-            eventually(lambda: not place.exists())
-            assert process.poll() is None  # it is gone before the requests end
 
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
@@ -3354,12 +3348,12 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
-            (f"127.0.0.1:{other.port}", 1, "http://{}/: Address already in use"),
+            (f"127.0.0.1:{other.port}", 1, "cannot listen on http://{}/: [Errno "),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
             done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
             assert done.returncode == status
-            assert text.format(listen) + "\n" in done.stderr
+            assert text.format(listen) in done.stderr
 
 
 def test_output_that_cannot_be_written_is_an_error():
@@ -3430,21 +3424,6 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
-def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
-    watch, changes = llmswap.FileWatch(str(tmp_path)), []
-    monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse_to_start)
-        watch.check(lambda: None)
-    (tmp_path / "new").touch()
-    watch.check(lambda: changes.append("seen"))
-    assert changes == ["seen"]
-
-
-def refuse_to_start(_):
-    raise RuntimeError("can't start new thread")
-
-
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
 def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
     if output:
@@ -3454,22 +3433,6 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
-
-
-def test_a_connection_without_a_thread_is_refused(monkeypatch):
-    log = []
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        pool = llmswap.Pool(no_models(), lambda *_: None)
-        server = llmswap.Server([sock], pool, lambda *line: log.append(line), None)
-        with Client(sock.getsockname()[1]) as client:
-            with monkeypatch.context() as patch:
-                patch.setattr(threading.Thread, "start", refuse_to_start)
-                server.socket = sock
-                server._handle_request_noblock()
-            answer = client.answer()
-        assert server.inactive_since() is not None
-    assert answer.status == 503 and "new thread" in answer.message()
-    assert "new thread" in log[0][1]
 
 
 # ==================================================================================
@@ -3482,7 +3445,7 @@ BRISK = dict(
 )  # fmt: skip
 
 
-def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
+def test_the_parrot_repeats_the_last_message():
     with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with Client(server.server_address[1]) as client:  # one connection for all
@@ -3493,8 +3456,6 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
             answer = client.ask("POST", CHAT, body)
             assert answer.content() == "jo says: Hi you"
             assert answer.json()["usage"]["completion_tokens"] == 4
-            for nonsense in (b"{", b"[]", b'{"messages":"x"}', b"[" * 5000):
-                assert client.ask("POST", CHAT, nonsense).status == 400
             assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
             began = time.monotonic()
             answer = client.ask("POST", CHAT, {**body, "stream": True})
@@ -4225,15 +4186,11 @@ def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path)
 
 
 @pytest.mark.parametrize("command, text", [
-    ("touch {}", "ended with status 0; slept 3600 s"), ("false", "ended with status 1"),
-    ("/no/such/thing", "idle-command: "),
+    ("false", "ended with status 1"), ("/no/such/thing", "idle-command: "),
 ])  # fmt: skip
-def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command, text):
-    mark = tmp_path / "slept"
-    slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
-    head = f"[llmswap]\nidle-command = {command.format(mark)}\n"
-    head += "idle-command-after = 0.2s\n"
-    with brisk(head + "[a]\ncmd = FAKE\n", suspended_seconds=slept) as server:
+def test_a_failure_of_the_idle_command_is_logged(command, text):
+    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.2s\n"
+    with brisk(head + "[a]\ncmd = FAKE\n") as server:
         eventually(lambda: text in server.log())
         assert server.chat("a").status == 200
 
@@ -6769,19 +6726,13 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
         assert time.monotonic() < began + 4
 
 
-def test_an_address_is_shown_as_one_that_can_be_clicked():
-    assert llmswap.shown_address(("::", 80)) == "http://[::1]:80/"
-    assert llmswap.shown_address(("0.0.0.0", 80)) == "http://127.0.0.1:80/"
-    assert llmswap.shown_address(b"\0llmswap") == "unix:@llmswap"
-
-
 @pytest.mark.parametrize("is_journal", [False, True])
 def test_log_lines_have_time_or_priority_and_no_control_characters(
     tmp_path, monkeypatch, is_journal
 ):
     path = tmp_path / "log"
     with path.open("w") as stderr:
-        status = os.fstat(stderr.fileno())
+        status = os.fstat(2)
         stream = f"{status.st_dev}:{status.st_ino}" if is_journal else "8:1"
         monkeypatch.setenv("JOURNAL_STREAM", stream)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -7294,9 +7245,7 @@ def test_metrics_are_well_formed_and_histograms_add_up():
     shared = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
         id="b", shares="a")  # fmt: skip
-    report = llmswap.StatusReport("1.0", 1750000000.0, models, meters)
-    metrics = metrics_of(llmswap.metrics_text(report))
-    assert metrics["process_start_time_seconds",] == 1750000000
+    metrics = metrics_of(llmswap.metrics_text(models, meters, {}))
     assert metrics["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
     in_flight = counted(metrics, "llmswap_requests_in_flight")
     assert ("a",) in in_flight and ("b",) not in in_flight  # b shares with a
@@ -7623,7 +7572,7 @@ def test_requests_are_fetched_at_changes_once_a_second_and_not_while_hidden(brow
         began = time.monotonic()
         for _ in range(200):
             assert server.chat("b").status == 200
-        browser.until("recentKey.includes(' 800 ') && !isFetching")  # four steps each
+        browser.until("recentKey.startsWith('800 ') && !isFetching")  # four steps each
         busy = browser.value(fetches)
         assert busy <= 2 + (time.monotonic() - began)
         age = f"parseInt({row('b', '.state span')}.innerText)"
@@ -8078,12 +8027,13 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
         pool = llmswap.Pool(no_models(), lambda *_: None)
         application = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, application)
-        server.start()
-        assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
             assert not server.try_idle_exit()
+            server.start()
             assert client.answer().status == 200
+            eventually(server.try_idle_exit)
+            assert server.is_alive()
         server.stop()
 
 
@@ -8101,21 +8051,9 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
-@pytest.mark.parametrize("open_it", [lambda _: socket.socket(), open])
-def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, open_it):
-    path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
-    path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
-    passed = open_it(path)
-    process = activation.activated(path, passed, stderr=subprocess.PIPE, text=True)
-    with passed, running(process, address):
-        line = process.stderr.readline()
-    assert "descriptor 3 from systemd is not a listening stream socket" in line
-
-
 def test_sockets_of_another_process_are_not_used():
-    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
-    listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and "without a shell" in complaint and environ == {}
+    with pytest.raises(OSError, match="without a shell"):
+        llmswap.passed_listeners({"LISTEN_FDS": "1", "LISTEN_PID": "1"})
 
 
 def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
@@ -8133,7 +8071,7 @@ def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatc
         eventually(lambda: activated.statuses == [0])  # idle, it exits
 
 
-def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
+def test_systemd_is_notified_of_ready_status_and_stopping():
     systemd = activation.Notifications(f"@llmswap-test-{os.getpid()}")
     env = {"NOTIFY_SOCKET": systemd.address}
     text = "[a]\ncmd = FAKE\n[twin]\nuses = a\n"
@@ -8141,10 +8079,6 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
         systemd.until("READY=1")
         assert proxy.chat("a").status == 200
         systemd.until("STATUS=a loaded")
-        os.kill(proxy.pid, signal.SIGHUP)
-        reloading = systemd.until("RELOADING=1")[-1]
-        assert reloading[1].startswith("MONOTONIC_USEC=")
-        systemd.until("READY=1")
         client.send("POST", CHAT, chat_body("a", hang=True))
         eventually(lambda: proxy.get("/health").json()["requests"] == 1)
         proxy.process.terminate()
@@ -8157,15 +8091,12 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
 def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
     systemd = activation.Notifications(str(tmp_path / "notify"))
     environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "40000"}
-    of_another = llmswap.SystemdNotifier({**environ, "WATCHDOG_PID": "1"})
     notifier = llmswap.SystemdNotifier(environ)
-    assert of_another.watchdog is None
-    assert notifier.watchdog == 0.04 and environ == {}
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
-    args = (pool, lambda: not is_deaf.is_set())
-    threading.Thread(target=notifier.watch, args=args, daemon=True).start()
+    server = SimpleNamespace(pool=pool, is_alive=lambda: not is_deaf.is_set())
+    threading.Thread(target=notifier.watch, args=(server,), daemon=True).start()
     first = systemd.until("STATUS=nothing is loaded")
     assert all("WATCHDOG=1" in lines for lines in first)
     systemd.until("WATCHDOG=1")
@@ -8956,15 +8887,10 @@ def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser
         measured_chat(server, "small")
         browser.look(390, "dark")
         browser.open(server.url)
-        browser.until(shown("document.querySelector('#budget')", "vram 23.5 GiB"))
-        browser.until(shown("$('budget')", "small 6.3 GiB"))
-        parts = "[...$('budget').querySelectorAll('p:first-child span:not([hidden])')]"
-        assert browser.value(f"{parts}[2].innerText") == "free 17.2 GiB"
-        assert browser.value(f"{parts}[0].offsetWidth") == 112
-        wide = browser.value(f"{parts}[2].offsetWidth / {parts}[1].offsetWidth")
+        text = "vram 23.5 GiB: small 6.3 GiB, free 17.2 GiB\nram "
+        browser.until(shown("document.querySelector('#budget')", text))
         about = "needs vram 6.3 GiB, ram "
         browser.until(shown("document.querySelector('[data-id=small]')", about))
-        assert 2 < wide < 3.5
         assert browser.complaints == []
 
 
