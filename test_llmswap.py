@@ -3252,13 +3252,22 @@ def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
 
 
 def test_a_signal_is_heard_behind_many_others():
-    models = "".join(f"[{number}]\ncmd = FAKE\n" for number in range(100))
-    with Llmswap(models) as server:
-        for _ in range(400):  # which come faster than the file is read
-            server.process.send_signal(signal.SIGHUP)
-            assert server.get("/health").status == 200
-        server.process.terminate()
+    with Llmswap("") as server:
+        server.ini.unlink()
+        os.mkfifo(server.ini)
+        for number in [signal.SIGHUP] * 400 + [signal.SIGTERM]:
+            server.process.send_signal(number)  # while it waits for the file
+            eventually(lambda: not pending_signals(server.pid), every=0.0005)
+        server.ini.rename(server.folder / "pipe")
+        server.write("")
+        (server.folder / "pipe").write_text("")
         assert server.process.wait(10) == 0
+
+
+def pending_signals(pid):
+    """A mask of the signals of a process that none of its threads has handled yet."""
+    fields = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"ShdPnd:\s*(\w+)", fields)[1], 16)
 
 
 def test_a_new_key_counts_on_open_connections():

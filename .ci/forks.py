@@ -1,8 +1,7 @@
-"""Python programs started in a third of the time, by forks of one that has imported
-what they import.
+"""llmswap started in a fifth of the time, by forks of a process that has imported it.
 
 `python3 -I -S .ci/forks.py FD FOLDER ROOM` is that process: it imports llmswap from
-FOLDER, forgets it but not the standard library, and takes orders from the socket FD.
+FOLDER and takes orders from the socket FD.
 """
 
 import json
@@ -164,29 +163,39 @@ def show(words, env):
     ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
 
 
-def run(words):
-    """Run the program as the module __main__, as Python does."""
-    import marshal
-    import types
-
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
+def run(words, end):
+    """Run the program as the module __main__, as Python does. If it is llmswap, only
+    the end of its file is left to be run."""
     if words[0] == "-c":
-        code = compile(words[1], "<string>", "exec")
+        main, code = types.ModuleType("__main__"), compile(words[1], "-c", "exec")
     else:
-        main.__file__ = words[0]
-        with open(words[0], "rb") as file:
-            code = marshal.loads(file.read()[16:])  # behind the header of a .pyc
+        main, code = sys.modules.pop("llmswap"), end
+        main.__name__ = "__main__"
+    sys.modules["__main__"] = main
     exec(code, main.__dict__)
+
+
+def end_of(module):
+    """The code of a module that runs only if it is the program."""
+    path = module.main.__code__.co_filename
+    with open(path) as file:
+        before, mark, end = file.read().rpartition("\nif __name__ == ")
+    return compile("\n" * before.count("\n") + mark + end, path, "exec")
 
 
 if __name__ == "__main__":
     import ctypes  # noqa: F401 (llmswap does once it runs)
+    import gc
+    import types
 
     sys.path.insert(0, sys.argv[2])
-    import llmswap  # noqa: F401
+    import llmswap
 
-    del sys.modules["llmswap"], sys.path[0]
+    del sys.path[0]
+    end = end_of(llmswap)
+    gc.collect()
+    gc.freeze()  # else each collection in a fork copies what it looks at
     order = serve(socket.socket(fileno=int(sys.argv[1])))
     if order:
         become(*order[0], order[1])
-        run(order[0][0])
+        run(order[0][0], end)
