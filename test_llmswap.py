@@ -14,6 +14,7 @@
 import ast
 import atexit
 import base64
+import bisect
 import collections
 import contextlib
 import errno
@@ -491,10 +492,15 @@ class Llmswap:
     def __exit__(self, kind, *_):
         try:
             self._end(is_failing=kind is not None)
+        except BaseException:
+            self._kill_family()
+            raise
         finally:
-            for pid in family(self.token):
-                os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kill_family(self):
+        for pid in family(self.token):
+            os.kill(pid, signal.SIGKILL)
 
     def start(self):
         with open(self.folder / "stderr", "ab") as stderr:
@@ -512,9 +518,10 @@ class Llmswap:
             self.process.terminate()
             status = self.process.wait(45)
             assert is_failing or status == 0, f"exit status {status}:\n{self.log()}"
-        if not is_failing:
-            eventually(lambda: not family(self.token), 3)
-            assert "Traceback" not in self.log(), self.log()
+        if is_failing:
+            return self._kill_family()
+        eventually(lambda: not family(self.token), 3)
+        assert "Traceback" not in self.log(), self.log()
 
     def kill(self):
         """SIGKILL, as the kernel or a careless person sends it."""
@@ -633,20 +640,32 @@ SOURCE = Path(LLMSWAP).read_text()
 
 
 @lru_cache(maxsize=None)
+def source_tree():
+    return ast.parse(SOURCE)
+
+
 def source_sections():
     """{name: its nodes} of each section of llmswap.py, in order."""
-    _, *parts = BANNER.split(SOURCE)
-    assert [*map(int, parts[::3])] == [*range(1, 11)]
-    return {name: ast.parse(text).body for name, text in zip(parts[1::3], parts[2::3])}
+    banners = [*BANNER.finditer(SOURCE)]
+    assert [int(banner[1]) for banner in banners] == [*range(1, 11)]
+    sections = {banner[2]: [] for banner in banners}
+    starts = [SOURCE.count("\n", 0, banner.start()) for banner in banners]
+    names = [None, *sections]
+    sections[None] = []  # what stands above them all
+    for node in source_tree().body:
+        sections[names[bisect.bisect(starts, node.lineno)]].append(node)
+    del sections[None]
+    return sections
 
 
 def test_sections_stand_in_their_order_and_know_only_what_they_may():
-    assert [*source_sections()] == [*FOREIGN_NAMES]
+    sections = source_sections()
+    assert [*sections] == [*FOREIGN_NAMES]
     below = {  # functions and classes; other nodes have no name
         getattr(node, "name", None)
-        for nodes in source_sections().values() for node in nodes
+        for nodes in sections.values() for node in nodes
     }  # fmt: skip
-    for section, nodes in source_sections().items():
+    for section, nodes in sections.items():
         below -= {getattr(node, "name", None) for node in nodes}
         used = {name for node in nodes for name in names_from_outside(node)}
         assert not used & below, f"{section} uses what stands below"
@@ -665,9 +684,9 @@ def names_from_outside(node):
 
 def test_private_attributes_are_used_by_their_own_class_only():
     public = r"__\w+__|_exit|_replace|_asdict"
-    for node in ast.walk(ast.parse(SOURCE)):
+    for node in ast.walk(source_tree()):
         if isinstance(node, ast.Attribute) and node.attr[0] == "_":
-            owner = ast.unparse(node.value)
+            owner = getattr(node.value, "id", None) or ast.unparse(node.value)
             is_own = owner in ("self", "cls", "super()", "Handler")
             assert is_own or re.fullmatch(public, node.attr), node.lineno
 
@@ -675,7 +694,7 @@ def test_private_attributes_are_used_by_their_own_class_only():
 def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library():
     assert max(map(len, SOURCE.splitlines())) <= 88
     modules = []
-    for node in ast.walk(ast.parse(SOURCE)):
+    for node in ast.walk(source_tree()):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
         elif isinstance(node, ast.Import):
