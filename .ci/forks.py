@@ -166,6 +166,7 @@ def show(words, env):
 def run(words, end):
     """Run the program as the module __main__, as Python does. If it is llmswap, only
     the end of its file is left to be run."""
+    sys.modules["llmswap"].VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # one for each
     if words[0] == "-c":
         main, code = types.ModuleType("__main__"), compile(words[1], "-c", "exec")
     else:
