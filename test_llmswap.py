@@ -358,6 +358,20 @@ def fake_file():
     return compiled(CI / "fake.py", "fake")
 
 
+def run_llmswap(*words, env=os.environ):
+    """What llmswap does with these arguments until it ends, as subprocess.run tells."""
+    args = [*PYTHON, llmswap_file(), *map(str, words)]
+    return forks.run(args, {**env}, os.path.dirname(llmswap_file()))
+
+
+def install_llmswap(folder):
+    """Copy it there, with its bytecode, as its first start as a module leaves it."""
+    source = Path(shutil.copy2(LLMSWAP, Path(folder) / "llmswap.py"))
+    cached = Path(importlib.util.cache_from_source(source))
+    cached.parent.mkdir()
+    shutil.copy(llmswap_file(), cached)
+
+
 def llmswap_words(constants):
     """The arguments with which Python runs llmswap, with these constants."""
     if not constants:
@@ -505,7 +519,7 @@ class Llmswap:
     def start(self):
         with open(self.folder / "stderr", "ab") as stderr:
             place = os.path.dirname(llmswap_file())
-            self.process = forks.start(self._args, self._env, stderr, place)
+            self.process = forks.start(self._args, self._env, [stderr, stderr], place)
         self.pid = self.process.pid
         eventually(self._is_up, 30)
 
@@ -741,8 +755,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
-    words = [sys.executable, llmswap_file(), "--keys"]
-    printed = subprocess.check_output(words, text=True)
+    printed = run_llmswap("--keys").stdout
     keys = llmswap.PROXY_KEYS + llmswap.MODEL_KEYS
     for key in keys:
         text = " ".join(f"{key.name} = {key.default} {key.help}".split())
@@ -3402,16 +3415,16 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    command = [*PYTHON, llmswap_file(), str(tmp_path / "m.ini"), "--listen"]
-    place = str(tmp_path / "socket")
-    ours = running([*command, f"unix:{place}"], place)
+    words, place = [tmp_path / "m.ini", "--listen"], str(tmp_path / "socket")
+    command = [*PYTHON, llmswap_file(), *words, f"unix:{place}"]
+    ours = running(command, place)
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
             (f"127.0.0.1:{other.port}", 1, "http://{}/: Address already in use"),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
-            done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
+            done = run_llmswap(*words, listen)
             assert done.returncode == status
             assert text.format(listen) + "\n" in done.stderr
 
@@ -3504,8 +3517,7 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
     if output:
         executable(tmp_path / "llama-server", f"echo '{output}'")
     env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    words = [*PYTHON, llmswap_file()]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
+    done = run_llmswap(env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
 
@@ -5823,11 +5835,11 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
             assert not CONTROLS.search(shown)
             assert not re.search("^12:00:00 y", shown, re.MULTILINE)
         assert "\n12:00" not in server.get("/metrics").body.decode()
-        shown = check(server.ini)
+        shown = run_llmswap(server.ini, "--check")
         assert not CONTROLS.search(shown.stdout + shown.stderr)
         assert not re.search("^12:00:00 y", shown.stdout, re.MULTILINE)
         server.ini.write_text("[a]\n\x1b[2J broken\n")
-        shown = check(server.ini)
+        shown = run_llmswap(server.ini, "--check")
         assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
 
 
@@ -6922,18 +6934,12 @@ proxy = http://192.168.11.12:8080
 """
 
 
-def check(path, **options):
-    """What `llmswap.py FILE --check` prints, on both streams, and its exit status."""
-    words = [sys.executable, llmswap_file(), str(path), "--check"]
-    return subprocess.run(words, capture_output=True, encoding="utf-8", **options)
-
-
 def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     binary = fake_binary(tmp_path)
     words = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\'"""
     path = tmp_path / "x.ini"
     path.write_text(CHECKED.format(folder=tmp_path, binary=binary, words=words))
-    done = check(path)
+    done = run_llmswap(path, "--check")
     *blocks, end = done.stdout.split("\n\n")
     shown = dict(block.split("\n  ", 1) for block in blocks)
     coder = "coder (one-alias, another-alias): llama-server"
@@ -6955,7 +6961,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert warnings[-1] == "1 of 6 models cannot be used: typo"
     assert done.returncode == 2
     (tmp_path / "fine.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
-    fine = check(tmp_path / "fine.ini")
+    fine = run_llmswap(tmp_path / "fine.ini", "--check")
     assert fine.returncode == 0 and fine.stdout.endswith("\n\nno errors\n")
     words = ["sh", "-c", shown["script: cmd"]]
     pasted = subprocess.run(words, env={"PORT": "81"}, stdout=subprocess.PIPE)
@@ -7005,8 +7011,8 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
     commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     terminal = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
     terminal = terminal.replace(":8080", f":{port}")
-    for name in (LLMSWAP, HERE.with_name("example.ini")):
-        shutil.copy(name, tmp_path)
+    shutil.copy(HERE.with_name("example.ini"), tmp_path)
+    shutil.copy(llmswap_file(), tmp_path / "llmswap.py")  # Python knows bytecode
     (tmp_path / "python3").symlink_to(sys.executable)
     env, log = {"PATH": f"{tmp_path}:/usr/bin:/bin"}, tmp_path / "log"
     command = ["sh", "-c", f"exec {start} --listen 127.0.0.1:{port} 2>log"]
@@ -7182,7 +7188,7 @@ def test_recipe_llmswap_in_a_container(tmp_path):
     image = recipe("Docker and Podman", "dockerfile")[0]
     copied = "COPY llmswap.py models.ini /opt/llmswap/\nWORKDIR /opt/llmswap\n"
     assert copied in image
-    shutil.copy(LLMSWAP, tmp_path)
+    install_llmswap(tmp_path)
     (tmp_path / "models.ini").write_text(f"[a]\ncmd = {fake_command()}\n")
     (tmp_path / "python3").symlink_to(sys.executable)
     port = free_port()
@@ -7219,7 +7225,7 @@ def test_recipe_where_one_machine_is_not_enough(tmp_path):
 def test_recipe_cron(tmp_path):
     folder, port = tmp_path / "llmswap", free_port()
     folder.mkdir()
-    shutil.copy(LLMSWAP, folder / "llmswap.py")
+    shutil.copy(llmswap_file(), folder / "llmswap.py")  # Python knows bytecode
     (folder / "models.ini").write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
     (tmp_path / "python3").symlink_to(sys.executable)
     lines = recipe("cron instead of systemd").replace("/opt/llmswap", str(folder))
@@ -8187,9 +8193,13 @@ def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, open_it):
     path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
     path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
     passed = open_it(path)
-    process = activation.activated(path, passed, stderr=subprocess.PIPE, text=True)
-    with passed, running(process, address):
-        line = process.stderr.readline()
+    with passed, open(tmp_path / "log", "w") as log, contextlib.ExitStack() as stack:
+        process = activation.activated(path, [passed], log)
+        stack.callback(process.kill)
+        eventually(lambda: llmswap.is_llmswap(address))
+        process.terminate()
+        assert process.wait(5) == 0
+    line = (tmp_path / "log").read_text().splitlines()[0]
     assert "descriptor 3 from systemd is not a listening stream socket" in line
 
 
@@ -8276,14 +8286,13 @@ def test_units_are_what_systemd_accepts(tmp_path):
     ini = tmp_path / "my $models.ini"
     addresses = "localhost:8123, unix:s, unix:/run/user/1/100%.sock"
     ini.write_text(f"[llmswap]\nlisten = {addresses}\n")
-    command = [sys.executable, LLMSWAP, str(ini), "--units"]
     env = {**os.environ, "PATH": f"{tmp_path}/my $tools 10%:{os.environ['PATH']}"}
-    units = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+    units = run_llmswap(ini, "--units", env=env).stdout
     for text in (
         "ListenStream=127.0.0.1:8123\n", "ListenStream=/run/user/1/100%%.sock\n",
         "BindIPv6Only=ipv6-only\n", f"ListenStream={os.getcwd()}/s\n",
         f'"PATH={tmp_path}/my $tools 10%%:', f'"{tmp_path}/my $$models.ini"',
-        f"WorkingDirectory={Path(LLMSWAP).parent}\n", " -m llmswap ",
+        f"WorkingDirectory={Path(llmswap_file()).parent}\n", " -m llmswap ",
         "KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", "WatchdogSec=60",
     ):  # fmt: skip
         assert text in units
@@ -8316,7 +8325,7 @@ def debian(tmp_path_factory):
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"no systemd can be booted here: {error}")
         (machine.home / "llmswap").mkdir()
-        shutil.copy(LLMSWAP, machine.home / "llmswap")
+        install_llmswap(machine.home / "llmswap")
         (machine.home / "llmswap/models.ini").touch()
         machine(recipe("A systemd user service that starts when somebody asks"))
         yield machine
@@ -8817,9 +8826,9 @@ def test_only_vram_and_ram_can_be_auto(text):
 
 def show_gpu(folder, mark, sizes=None, row="%s, %d"):
     """`folder/nvidia-smi` shows processes with the words `mark` and one of `sizes`."""
-    shown = {"mark": mark, "sizes": sizes or {mark: 512}, "row": row}
-    (folder / "gpu.new").write_text(json.dumps(shown))
-    (folder / "gpu.new").replace(folder / "gpu.json")  # atomic
+    held = [f"{word} {size}" for word, size in (sizes or {mark: 512}).items()]
+    (folder / "gpu.new").write_text("\n".join([mark, row, *held]))
+    (folder / "gpu.new").replace(folder / "gpu")  # atomic
     if not (folder / "nvidia-smi").exists():
         script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
         executable(folder / "nvidia-smi", script)
@@ -9028,7 +9037,7 @@ def test_needs_and_budget_are_shown(tmp_path):
         assert snapshot["budget"]["vram"] == total
         assert models["small"]["holds"]["vram"] == need and not models["large"]["holds"]
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        output = check(server.ini, env=env).stdout
+        output = run_llmswap(server.ini, "--check", env=env).stdout
         assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", output, re.M)
         assert re.search(r"^  needs vram .* \(not known yet\)$", output, re.M)
         assert re.search(r"^budget vram \S+G, ram \S+G$", output, re.M)
@@ -9467,7 +9476,7 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
     eventually(lambda: "failed" in entry_of(real, "typo")["status"])  # not asked for
     error = entry_of(real, "typo")["status"]["error"]
     assert "ctx-sise" in error and "ctx-size?" in error
-    done = check(real.ini)
+    done = run_llmswap(real.ini, "--check")
     assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
