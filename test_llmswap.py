@@ -7742,6 +7742,23 @@ def test_forty_models_fit_any_width_and_are_searched(browser, tmp_path):
             assert browser.complaints == []
 
 
+def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
+    with auto_server(tmp_path) as server:
+        measured_chat(server, "small")
+        browser.look(390, "dark")
+        browser.open(server.url)
+        browser.until(shown("document.querySelector('#budget')", "vram 23.5 GiB"))
+        browser.until(shown("$('budget')", "small 6.3 GiB"))
+        parts = "[...$('budget').querySelectorAll('p:first-child span:not([hidden])')]"
+        assert browser.value(f"{parts}[2].innerText") == "free 17.2 GiB"
+        assert browser.value(f"{parts}[0].offsetWidth") == 112
+        wide = browser.value(f"{parts}[2].offsetWidth / {parts}[1].offsetWidth")
+        about = "needs vram 6.3 GiB, ram "
+        browser.until(shown("document.querySelector('[data-id=small]')", about))
+        assert 2 < wide < 3.5
+        assert browser.complaints == []
+
+
 ALL_STATES = """
 [llmswap]
 models-max = 3
@@ -9041,23 +9058,6 @@ def test_needs_and_budget_are_shown(tmp_path):
         assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", output, re.M)
         assert re.search(r"^  needs vram .* \(not known yet\)$", output, re.M)
         assert re.search(r"^budget vram \S+G, ram \S+G$", output, re.M)
-
-
-def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
-    with auto_server(tmp_path) as server:
-        measured_chat(server, "small")
-        browser.look(390, "dark")
-        browser.open(server.url)
-        browser.until(shown("document.querySelector('#budget')", "vram 23.5 GiB"))
-        browser.until(shown("$('budget')", "small 6.3 GiB"))
-        parts = "[...$('budget').querySelectorAll('p:first-child span:not([hidden])')]"
-        assert browser.value(f"{parts}[2].innerText") == "free 17.2 GiB"
-        assert browser.value(f"{parts}[0].offsetWidth") == 112
-        wide = browser.value(f"{parts}[2].offsetWidth / {parts}[1].offsetWidth")
-        about = "needs vram 6.3 GiB, ram "
-        browser.until(shown("document.querySelector('[data-id=small]')", about))
-        assert 2 < wide < 3.5
-        assert browser.complaints == []
 
 
 # ==================================================================================
