@@ -9389,7 +9389,7 @@ def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkey
 @with_llama_server
 def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
     keys = "ctx-size = 8192\nkeep-context = on\nparallel = 2"
-    text = real_models(tmp_path, "ab", f"state-dir = {tmp_path}/state", keys, width=256)
+    text = real_models(tmp_path, "ab", f"state-dir = {tmp_path}/state", keys, width=128)
     talks = [[{"role": "user", "content": 600 * word}] for word in ("hedge ", "badge ")]
     with Llmswap(text) as server:
         assert [go_on(server, talk)[0] for talk in talks] == [0, 0]
