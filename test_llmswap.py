@@ -5450,7 +5450,7 @@ def test_a_cancel_ends_the_request_of_a_client_that_does_nothing(is_upload):
         if is_upload:
             client.sock.sendall(FORM_THAT_STALLS + bytes(3_000_000))
         else:
-            client.send("POST", CHAT, chat_body("a", size=60_000_000))
+            client.send("POST", CHAT, chat_body("a", size=20_000_000))
         in_flight = lambda: rows_of(server)[0]["waited"] is not None  # noqa: E731
         (row,) = eventually(lambda: rows_of(server))
         eventually(in_flight)
@@ -7034,7 +7034,7 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
 
 def test_recipe_docker(tmp_path):
     state, hang = tmp_path / "state", "hang-timeout = 300ms\n" + OTHER_MODEL
-    words = f"{sys.executable} {CI}/docker.py {state} {fake_file()}"
+    words = f"{sys.executable} -IS {CI}/docker.py {state} {fake_file()}"
     executable(tmp_path / "docker", f'exec {words} "$@"')
     often = {"STALL_CHECK_AFTER": 0.1, "POLL_INTERVAL": 0.05}
     with run_recipe("Docker and Podman", tmp_path, more=hang, **often) as server:
@@ -8384,7 +8384,8 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
     assert debian("systemctl --user is-enabled llmswap.socket") == "enabled"
 
     def await_shown(name, value):
-        eventually(lambda: debian.show(name, "llmswap.service") == value, every=0.05)
+        show = f"systemctl --user show --value -p {name} llmswap.service"
+        debian(f'until [ "$({show})" = "{value}" ]; do sleep 0.05; done')  # 30 s
 
     await_shown("ActiveState", "inactive")
     body = chat_body("a", stream=True, tokens=10**5, interval=0.05)
