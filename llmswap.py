@@ -9161,7 +9161,8 @@ class Application:
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self._received.add(0)
-        self._wakeup.send(b"\0")  # wakes `_next_signal`
+        with contextlib.suppress(BlockingIOError):  # full of signals, it does so, too
+            self._wakeup.send(b"\0")  # wakes `_next_signal`
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@
 import ast
 import atexit
 import base64
+import bisect
 import collections
 import contextlib
 import errno
@@ -357,6 +358,20 @@ def fake_file():
     return compiled(CI / "fake.py", "fake")
 
 
+def run_llmswap(*words, env=os.environ):
+    """What llmswap does with these arguments until it ends, as subprocess.run tells."""
+    args = [*PYTHON, llmswap_file(), *map(str, words)]
+    return forks.run(args, {**env}, os.path.dirname(llmswap_file()))
+
+
+def install_llmswap(folder):
+    """Copy it there, with its bytecode, as its first start as a module leaves it."""
+    source = Path(shutil.copy2(LLMSWAP, Path(folder) / "llmswap.py"))
+    cached = Path(importlib.util.cache_from_source(source))
+    cached.parent.mkdir()
+    shutil.copy(llmswap_file(), cached)
+
+
 def llmswap_words(constants):
     """The arguments with which Python runs llmswap, with these constants."""
     if not constants:
@@ -491,15 +506,20 @@ class Llmswap:
     def __exit__(self, kind, *_):
         try:
             self._end(is_failing=kind is not None)
+        except BaseException:
+            self._kill_family()
+            raise
         finally:
-            for pid in family(self.token):
-                os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kill_family(self):
+        for pid in family(self.token):
+            os.kill(pid, signal.SIGKILL)
 
     def start(self):
         with open(self.folder / "stderr", "ab") as stderr:
             place = os.path.dirname(llmswap_file())
-            self.process = forks.start(self._args, self._env, stderr, place)
+            self.process = forks.start(self._args, self._env, [stderr, stderr], place)
         self.pid = self.process.pid
         eventually(self._is_up, 30)
 
@@ -512,9 +532,10 @@ class Llmswap:
             self.process.terminate()
             status = self.process.wait(45)
             assert is_failing or status == 0, f"exit status {status}:\n{self.log()}"
-        if not is_failing:
-            eventually(lambda: not family(self.token), 3)
-            assert "Traceback" not in self.log(), self.log()
+        if is_failing:
+            return self._kill_family()
+        eventually(lambda: not family(self.token), 3)
+        assert "Traceback" not in self.log(), self.log()
 
     def kill(self):
         """SIGKILL, as the kernel or a careless person sends it."""
@@ -633,20 +654,32 @@ SOURCE = Path(LLMSWAP).read_text()
 
 
 @lru_cache(maxsize=None)
+def source_tree():
+    return ast.parse(SOURCE)
+
+
 def source_sections():
     """{name: its nodes} of each section of llmswap.py, in order."""
-    _, *parts = BANNER.split(SOURCE)
-    assert [*map(int, parts[::3])] == [*range(1, 11)]
-    return {name: ast.parse(text).body for name, text in zip(parts[1::3], parts[2::3])}
+    banners = [*BANNER.finditer(SOURCE)]
+    assert [int(banner[1]) for banner in banners] == [*range(1, 11)]
+    sections = {banner[2]: [] for banner in banners}
+    starts = [SOURCE.count("\n", 0, banner.start()) for banner in banners]
+    names = [None, *sections]
+    sections[None] = []  # what stands above them all
+    for node in source_tree().body:
+        sections[names[bisect.bisect(starts, node.lineno)]].append(node)
+    del sections[None]
+    return sections
 
 
 def test_sections_stand_in_their_order_and_know_only_what_they_may():
-    assert [*source_sections()] == [*FOREIGN_NAMES]
+    sections = source_sections()
+    assert [*sections] == [*FOREIGN_NAMES]
     below = {  # functions and classes; other nodes have no name
         getattr(node, "name", None)
-        for nodes in source_sections().values() for node in nodes
+        for nodes in sections.values() for node in nodes
     }  # fmt: skip
-    for section, nodes in source_sections().items():
+    for section, nodes in sections.items():
         below -= {getattr(node, "name", None) for node in nodes}
         used = {name for node in nodes for name in names_from_outside(node)}
         assert not used & below, f"{section} uses what stands below"
@@ -665,9 +698,9 @@ def names_from_outside(node):
 
 def test_private_attributes_are_used_by_their_own_class_only():
     public = r"__\w+__|_exit|_replace|_asdict"
-    for node in ast.walk(ast.parse(SOURCE)):
+    for node in ast.walk(source_tree()):
         if isinstance(node, ast.Attribute) and node.attr[0] == "_":
-            owner = ast.unparse(node.value)
+            owner = getattr(node.value, "id", None) or ast.unparse(node.value)
             is_own = owner in ("self", "cls", "super()", "Handler")
             assert is_own or re.fullmatch(public, node.attr), node.lineno
 
@@ -675,7 +708,7 @@ def test_private_attributes_are_used_by_their_own_class_only():
 def test_functions_and_lines_are_short_and_imports_are_of_the_standard_library():
     assert max(map(len, SOURCE.splitlines())) <= 88
     modules = []
-    for node in ast.walk(ast.parse(SOURCE)):
+    for node in ast.walk(source_tree()):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
         elif isinstance(node, ast.Import):
@@ -722,8 +755,7 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def test_all_keys_are_printed_and_those_that_the_readme_names_exist():
-    words = [sys.executable, llmswap_file(), "--keys"]
-    printed = subprocess.check_output(words, text=True)
+    printed = run_llmswap("--keys").stdout
     keys = llmswap.PROXY_KEYS + llmswap.MODEL_KEYS
     for key in keys:
         text = " ".join(f"{key.name} = {key.default} {key.help}".split())
@@ -2429,7 +2461,7 @@ def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_pat
 
 
 def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_path):
-    flood = "head -c 30000000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
+    flood = "head -c 400000 /dev/zero | tr '\\0' x; echo; echo over; exit 5"
     watched = begin(cmd=script(tmp_path, flood))
     assert "exited with status 5" in str(watched.exited())
     assert watched.backend.lines[-1] == "over"
@@ -3226,13 +3258,22 @@ def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
 
 
 def test_a_signal_is_heard_behind_many_others():
-    models = "".join(f"[{number}]\ncmd = FAKE\n" for number in range(100))
-    with Llmswap(models) as server:
-        for _ in range(400):  # which come faster than the file is read
-            server.process.send_signal(signal.SIGHUP)
-            assert server.get("/health").status == 200
-        server.process.terminate()
+    with Llmswap("") as server:
+        server.ini.unlink()
+        os.mkfifo(server.ini)
+        for number in [signal.SIGHUP] * 400 + [signal.SIGTERM]:
+            server.process.send_signal(number)  # while it waits for the file
+            eventually(lambda: not pending_signals(server.pid), every=0.0005)
+        server.ini.rename(server.folder / "pipe")
+        server.write("")
+        (server.folder / "pipe").write_text("")
         assert server.process.wait(10) == 0
+
+
+def pending_signals(pid):
+    """A mask of the signals of a process that none of its threads has handled yet."""
+    fields = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"ShdPnd:\s*(\w+)", fields)[1], 16)
 
 
 def test_a_new_key_counts_on_open_connections():
@@ -3342,16 +3383,16 @@ def test_listen_needs_a_restart(tmp_path):
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
-    command = [*PYTHON, llmswap_file(), str(tmp_path / "m.ini"), "--listen"]
-    place = str(tmp_path / "socket")
-    ours = running([*command, f"unix:{place}"], place)
+    words, place = [tmp_path / "m.ini", "--listen"], str(tmp_path / "socket")
+    command = [*PYTHON, llmswap_file(), *words, f"unix:{place}"]
+    ours = running(command, place)
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
             (f"127.0.0.1:{other.port}", 1, "cannot listen on http://{}/: [Errno "),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
-            done = subprocess.run([*command, listen], stderr=subprocess.PIPE, text=True)
+            done = run_llmswap(*words, listen)
             assert done.returncode == status
             assert text.format(listen) in done.stderr
 
@@ -3429,8 +3470,7 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
     if output:
         executable(tmp_path / "llama-server", f"echo '{output}'")
     env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    words = [*PYTHON, llmswap_file()]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=30)
+    done = run_llmswap(env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
 
@@ -4133,15 +4173,18 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
     command = f"/bin/sh -c 'date +%s.%N >>{mark}; sleep 0.1'"
     head = f"[llmswap]\nmodels-max = 2\nidle-command = {command}\n"
     head += f"idle-command-after = 1s\n{KEPT}pin = on\n"
+
+    def runs():
+        assert server.get("/v1/models").status == 200  # no use of a model
+        return mark.read_text().count("\n")
+
     with brisk(head) as server:
         for turn in (1, 2):
             assert server.chat("b").status == 200
             eventually(lambda t=turn: starts_of(server, "k") == t)
-            ended, marks = time.time(), []
-            while len(marks) < turn:
-                assert server.get("/v1/models").status == 200  # no use of a model
-                marks = mark.read_text().split()
-            assert float(marks[-1]) > ended + 0.45
+            ended = time.time()
+            eventually(lambda t=turn: runs() == t)
+            assert float(mark.read_text().split()[-1]) > ended + 0.45
             done = "idle-command ended with status 0"
             eventually(lambda t=turn: server.log().count(done) == t)
             assert server.log().count(f"idle: running {command}") == turn
@@ -5319,7 +5362,7 @@ def test_a_cancel_ends_the_request_of_a_client_that_does_nothing(is_upload):
         if is_upload:
             client.sock.sendall(FORM_THAT_STALLS + bytes(3_000_000))
         else:
-            client.send("POST", CHAT, chat_body("a", size=60_000_000))
+            client.send("POST", CHAT, chat_body("a", size=20_000_000))
         in_flight = lambda: rows_of(server)[0]["waited"] is not None  # noqa: E731
         (row,) = eventually(lambda: rows_of(server))
         eventually(in_flight)
@@ -5706,11 +5749,11 @@ def test_strange_names_reach_no_log_terminal_or_header_as_they_are():
             assert not CONTROLS.search(shown)
             assert not re.search("^12:00:00 y", shown, re.MULTILINE)
         assert "\n12:00" not in server.get("/metrics").body.decode()
-        shown = check(server.ini)
+        shown = run_llmswap(server.ini, "--check")
         assert not CONTROLS.search(shown.stdout + shown.stderr)
         assert not re.search("^12:00:00 y", shown.stdout, re.MULTILINE)
         server.ini.write_text("[a]\n\x1b[2J broken\n")
-        shown = check(server.ini)
+        shown = run_llmswap(server.ini, "--check")
         assert shown.returncode == 2 and not CONTROLS.search(shown.stderr)
 
 
@@ -5940,9 +5983,9 @@ def crowd(swap, count, data):
 HALF = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000"
 UNREAD = http("GET /upstream/a/bytes?n=99000000 HTTP/1.1\nHost: localhost")
 CROWDS = (
-    (1000, b""),
-    (300, b"GET /health HTTP/1.1\r\nHost:"),
-    (300, http(HALF, b'{"model":"a",')),
+    (500, b""),
+    (150, b"GET /health HTTP/1.1\r\nHost:"),
+    (150, http(HALF, b'{"model":"a",')),
     (20, UNREAD),
 )
 
@@ -6792,18 +6835,12 @@ proxy = http://192.168.11.12:8080
 """
 
 
-def check(path, **options):
-    """What `llmswap.py FILE --check` prints, on both streams, and its exit status."""
-    words = [sys.executable, llmswap_file(), str(path), "--check"]
-    return subprocess.run(words, capture_output=True, encoding="utf-8", **options)
-
-
 def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     binary = fake_binary(tmp_path)
     words = """--url http://x:${PORT}/v1 '' 'a  b' "it's" '$HOME `x` \\'"""
     path = tmp_path / "x.ini"
     path.write_text(CHECKED.format(folder=tmp_path, binary=binary, words=words))
-    done = check(path)
+    done = run_llmswap(path, "--check")
     *blocks, end = done.stdout.split("\n\n")
     shown = dict(block.split("\n  ", 1) for block in blocks)
     coder = "coder (one-alias, another-alias): llama-server"
@@ -6825,7 +6862,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert warnings[-1] == "1 of 6 models cannot be used: typo"
     assert done.returncode == 2
     (tmp_path / "fine.ini").write_text("[a]\ncmd = no-such ${PORT}\n")
-    fine = check(tmp_path / "fine.ini")
+    fine = run_llmswap(tmp_path / "fine.ini", "--check")
     assert fine.returncode == 0 and fine.stdout.endswith("\n\nno errors\n")
     words = ["sh", "-c", shown["script: cmd"]]
     pasted = subprocess.run(words, env={"PORT": "81"}, stdout=subprocess.PIPE)
@@ -6875,8 +6912,8 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
     commands = re.findall(r"^\$ (curl (?:.*\\\n)*.*)\n(.*\n)", readme, re.MULTILINE)
     terminal = re.search(r"terminal says.*?```\n(.*?)```", readme, re.DOTALL)[1]
     terminal = terminal.replace(":8080", f":{port}")
-    for name in (LLMSWAP, HERE.with_name("example.ini")):
-        shutil.copy(name, tmp_path)
+    shutil.copy(HERE.with_name("example.ini"), tmp_path)
+    shutil.copy(llmswap_file(), tmp_path / "llmswap.py")  # Python knows bytecode
     (tmp_path / "python3").symlink_to(sys.executable)
     env, log = {"PATH": f"{tmp_path}:/usr/bin:/bin"}, tmp_path / "log"
     command = ["sh", "-c", f"exec {start} --listen 127.0.0.1:{port} 2>log"]
@@ -6895,7 +6932,7 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
 
 def test_recipe_docker(tmp_path):
     state, hang = tmp_path / "state", "hang-timeout = 300ms\n" + OTHER_MODEL
-    words = f"{sys.executable} {CI}/docker.py {state} {fake_file()}"
+    words = f"{sys.executable} -IS {CI}/docker.py {state} {fake_file()}"
     executable(tmp_path / "docker", f'exec {words} "$@"')
     often = {"STALL_CHECK_AFTER": 0.1, "POLL_INTERVAL": 0.05}
     with run_recipe("Docker and Podman", tmp_path, more=hang, **often) as server:
@@ -7052,7 +7089,7 @@ def test_recipe_llmswap_in_a_container(tmp_path):
     image = recipe("Docker and Podman", "dockerfile")[0]
     copied = "COPY llmswap.py models.ini /opt/llmswap/\nWORKDIR /opt/llmswap\n"
     assert copied in image
-    shutil.copy(LLMSWAP, tmp_path)
+    install_llmswap(tmp_path)
     (tmp_path / "models.ini").write_text(f"[a]\ncmd = {fake_command()}\n")
     (tmp_path / "python3").symlink_to(sys.executable)
     port = free_port()
@@ -7089,7 +7126,7 @@ def test_recipe_where_one_machine_is_not_enough(tmp_path):
 def test_recipe_cron(tmp_path):
     folder, port = tmp_path / "llmswap", free_port()
     folder.mkdir()
-    shutil.copy(LLMSWAP, folder / "llmswap.py")
+    shutil.copy(llmswap_file(), folder / "llmswap.py")  # Python knows bytecode
     (folder / "models.ini").write_text(f"[llmswap]\nlisten = 127.0.0.1:{port}\n")
     (tmp_path / "python3").symlink_to(sys.executable)
     lines = recipe("cron instead of systemd").replace("/opt/llmswap", str(folder))
@@ -7602,6 +7639,23 @@ def test_forty_models_fit_any_width_and_are_searched(browser, tmp_path):
             browser.until(f"{visible}.length === 1")
             assert "name-17" in browser.value(f"{visible}[0].innerText")
             assert browser.complaints == []
+
+
+def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
+    with auto_server(tmp_path) as server:
+        measured_chat(server, "small")
+        browser.look(390, "dark")
+        browser.open(server.url)
+        browser.until(shown("document.querySelector('#budget')", "vram 23.5 GiB"))
+        browser.until(shown("$('budget')", "small 6.3 GiB"))
+        parts = "[...$('budget').querySelectorAll('p:first-child span:not([hidden])')]"
+        assert browser.value(f"{parts}[2].innerText") == "free 17.2 GiB"
+        assert browser.value(f"{parts}[0].offsetWidth") == 112
+        wide = browser.value(f"{parts}[2].offsetWidth / {parts}[1].offsetWidth")
+        about = "needs vram 6.3 GiB, ram "
+        browser.until(shown("document.querySelector('[data-id=small]')", about))
+        assert 2 < wide < 3.5
+        assert browser.complaints == []
 
 
 ALL_STATES = """
@@ -8126,14 +8180,13 @@ def test_units_are_what_systemd_accepts(tmp_path):
     ini = tmp_path / "my $models.ini"
     addresses = "localhost:8123, unix:s, unix:/run/user/1/100%.sock"
     ini.write_text(f"[llmswap]\nlisten = {addresses}\n")
-    command = [sys.executable, LLMSWAP, str(ini), "--units"]
     env = {**os.environ, "PATH": f"{tmp_path}/my $tools 10%:{os.environ['PATH']}"}
-    units = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+    units = run_llmswap(ini, "--units", env=env).stdout
     for text in (
         "ListenStream=127.0.0.1:8123\n", "ListenStream=/run/user/1/100%%.sock\n",
         "BindIPv6Only=ipv6-only\n", f"ListenStream={os.getcwd()}/s\n",
         f'"PATH={tmp_path}/my $tools 10%%:', f'"{tmp_path}/my $$models.ini"',
-        f"WorkingDirectory={Path(LLMSWAP).parent}\n", " -m llmswap ",
+        f"WorkingDirectory={Path(llmswap_file()).parent}\n", " -m llmswap ",
         "KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", "WatchdogSec=60",
     ):  # fmt: skip
         assert text in units
@@ -8166,7 +8219,7 @@ def debian(tmp_path_factory):
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"no systemd can be booted here: {error}")
         (machine.home / "llmswap").mkdir()
-        shutil.copy(LLMSWAP, machine.home / "llmswap")
+        install_llmswap(machine.home / "llmswap")
         (machine.home / "llmswap/models.ini").touch()
         machine(recipe("A systemd user service that starts when somebody asks"))
         yield machine
@@ -8205,7 +8258,8 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
     assert debian("systemctl --user is-enabled llmswap.socket") == "enabled"
 
     def await_shown(name, value):
-        eventually(lambda: debian.show(name, "llmswap.service") == value, every=0.05)
+        show = f"systemctl --user show --value -p {name} llmswap.service"
+        debian(f'until [ "$({show})" = "{value}" ]; do sleep 0.05; done')  # 30 s
 
     await_shown("ActiveState", "inactive")
     body = chat_body("a", stream=True, tokens=10**5, interval=0.05)
@@ -8665,9 +8719,9 @@ def test_only_vram_and_ram_can_be_auto(text):
 
 def show_gpu(folder, mark, sizes=None, row="%s, %d"):
     """`folder/nvidia-smi` shows processes with the words `mark` and one of `sizes`."""
-    shown = {"mark": mark, "sizes": sizes or {mark: 512}, "row": row}
-    (folder / "gpu.new").write_text(json.dumps(shown))
-    (folder / "gpu.new").replace(folder / "gpu.json")  # atomic
+    held = [f"{word} {size}" for word, size in (sizes or {mark: 512}).items()]
+    (folder / "gpu.new").write_text("\n".join([mark, row, *held]))
+    (folder / "gpu.new").replace(folder / "gpu")  # atomic
     if not (folder / "nvidia-smi").exists():
         script = f"exec {sys.executable} -IS {CI}/nvidia_smi.py {folder} $1"
         executable(folder / "nvidia-smi", script)
@@ -8760,8 +8814,8 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
 
         def needs_of_small(size):
             show_gpu(tmp_path, f"{server.folder}/journal", {"small": size * 1024})
-            before = len(asked.read_text())
-            eventually(lambda: len(asked.read_text()) > before + 300)
+            before = asked.read_text().count("\n")  # and one of these may read the old
+            eventually(lambda: asked.read_text().count("\n") > before + 2)
             return entry_of(server, "small")["needs"]["vram"] / GB / 1.05
 
         measured_chat(server, "small")
@@ -8876,22 +8930,10 @@ def test_needs_and_budget_are_shown(tmp_path):
         assert snapshot["budget"]["vram"] == total
         assert models["small"]["holds"]["vram"] == need and not models["large"]["holds"]
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        output = check(server.ini, env=env).stdout
+        output = run_llmswap(server.ini, "--check", env=env).stdout
         assert re.search(r"^  needs vram 6.3G, ram \S+ \(measured\)$", output, re.M)
         assert re.search(r"^  needs vram .* \(not known yet\)$", output, re.M)
         assert re.search(r"^budget vram \S+G, ram \S+G$", output, re.M)
-
-
-def test_the_page_shows_what_holds_the_budget_and_what_is_free(tmp_path, browser):
-    with auto_server(tmp_path) as server:
-        measured_chat(server, "small")
-        browser.look(390, "dark")
-        browser.open(server.url)
-        text = "vram 23.5 GiB: small 6.3 GiB, free 17.2 GiB\nram "
-        browser.until(shown("document.querySelector('#budget')", text))
-        about = "needs vram 6.3 GiB, ram "
-        browser.until(shown("document.querySelector('[data-id=small]')", about))
-        assert browser.complaints == []
 
 
 # ==================================================================================
@@ -9223,7 +9265,7 @@ def test_the_scheduler_learns_how_long_a_stop_with_a_save_takes(tmp_path, monkey
 @with_llama_server
 def test_two_real_conversations_outlive_swaps_and_a_restart(tmp_path):
     keys = "ctx-size = 8192\nkeep-context = on\nparallel = 2"
-    text = real_models(tmp_path, "ab", f"state-dir = {tmp_path}/state", keys, width=256)
+    text = real_models(tmp_path, "ab", f"state-dir = {tmp_path}/state", keys, width=128)
     talks = [[{"role": "user", "content": 600 * word}] for word in ("hedge ", "badge ")]
     with Llmswap(text) as server:
         assert [go_on(server, talk)[0] for talk in talks] == [0, 0]
@@ -9310,7 +9352,7 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
     eventually(lambda: "failed" in entry_of(real, "typo")["status"])  # not asked for
     error = entry_of(real, "typo")["status"]["error"]
     assert "ctx-sise" in error and "ctx-size?" in error
-    done = check(real.ini)
+    done = run_llmswap(real.ini, "--check")
     assert done.returncode == 2 and "ctx-size?" in done.stdout
 
 
