@@ -59,6 +59,8 @@ import http.client
 import http.server
 import itertools
 import json
+import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -6624,6 +6626,8 @@ METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
 # all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
+    ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
+    ("counter", "cpu", "process_cpu_seconds_total", "CPU time of llmswap."),
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
@@ -6655,11 +6659,13 @@ METRICS = (
 
 
 def metrics_text(
-    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int]
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int], born
 ) -> str:
-    """Return everything in Prometheus' text format, version 0.0.4."""
+    """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
+    `born`, in Unix time."""
     lines, cells = [], collections.defaultdict(list)
-    numbers = {("swaps",): 0, **metrics, **_gauges(models, budget)}
+    numbers = {("swaps",): 0, ("born",): born, **metrics}
+    numbers.update(_gauges(models, budget))
     for (source, *values), number in numbers.items():
         cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
@@ -6685,6 +6691,7 @@ def _gauges(models, budget):
     """Return {(source, values of its labels...): number or None}."""
     gauges = {
         ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
+        ("cpu",): time.process_time(),
         ("memory",): memory_of(os.getpid()).get("VmRSS"),
     }
     gauges.update({("budget", name): size for name, size in budget.items()})
@@ -6734,8 +6741,8 @@ body {
 h1 { font-size: 19px; }
 h2 { font-size: 13px; margin: 0 0 8px 2px; }
 h3 { font-size: 15px; }
-h2, small, #totals, #connection, #budget, #no-models, #stats, #thought, .about, .state,
-dt, .why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
+h2, small, #totals, #connection, #no-models, #stats, #thought, .about, .state, dt,
+.why pre, .by, .sum, ::placeholder { color: var(--soft); opacity: 1; }
 small { font-weight: 400; margin-left: 3px; }
 small, .about, .state, .why p, .request, #connection, #budget { font-size: 13.5px; }
 ul { list-style: none; padding: 0; overflow: hidden; }
@@ -6776,7 +6783,14 @@ header { flex-wrap: wrap; gap: 6px 20px; padding: 20px 0 16px; }
 main section { margin-bottom: 26px; }
 #problem { margin: 12px; color: var(--failed); white-space: pre-wrap; }
 #no-models { padding: 72px 24px; text-align: center; }
-#budget { margin: 0 0 16px 2px; white-space: pre-line; }
+#budget p { display: flex; margin-bottom: 10px; }
+#budget span {
+  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
+  overflow: hidden; white-space: nowrap;
+  background: var(--sheet); border-left: 3px solid var(--loaded);
+}
+#budget :is(:first-child, :last-child) { color: var(--soft); border: 0; }
+#budget span:first-child { flex: 0 0 112px !important; }
 
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
@@ -7088,13 +7102,18 @@ function paintTotals(own) {
 }
 
 function paintBudget(own) {
-  const lines = Object.entries(snapshot.budget).map(([name, size]) => {
-    const held = own.filter(({holds}) => holds[name]);
-    const parts = held.map(({id, holds}) => `${id} ${bytes(holds[name])}`);
-    const free = Math.max(0, held.reduce((left, {holds}) => left - holds[name], size));
-    return `${name} ${bytes(size)}: ${join([...parts, `free ${bytes(free)}`], ", ")}`;
-  });
-  setText($("budget"), lines.join("\n"));
+  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
+    const held = own.map(({id, holds}) => [id, holds[name] || 0]);
+    const free = held.reduce((left, [, amount]) => left - amount, size);
+    const parts = [[name, size], ...held, ["free", free]];
+    return make("p", ...parts.map(([text, amount]) => {
+      const part = make("span", `${text} ${bytes(amount)}`);
+      part.title = part.textContent;
+      part.style.flexGrow = amount / size;
+      show(part, amount > 0);
+      return part;
+    }));
+  }));
 }
 
 function paintModel(row, model) {
@@ -7355,7 +7374,7 @@ STATUS_PAGE = """<!doctype html>
 <div class="columns">
   <main>
     <p id="problem" role="alert" hidden></p>
-    <p id="budget"></p>
+    <div id="budget"></div>
     <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
     <section class="broken" hidden>
       <h2>Needs attention <small></small></h2><ul></ul></section>
@@ -7862,9 +7881,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        models, metrics = self._statuses(), self.pool.metrics()
-        text = metrics_text(models, metrics, self.pool.budget)
-        self._send_text(text, METRICS_TYPE)
+        figures = self.pool.metrics(), self.pool.budget, self.server.born
+        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
 
     def _details(self):
         return self.pool.inspector.details_of([*self.config.models.values()])
@@ -8365,41 +8383,46 @@ MAX_CONNECTIONS = 4096
 class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)` drops what is less important than `log.level`. Lines begin with a
-    priority if stderr is systemd's journal, else with the time.
+    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
+    with a priority if stderr is systemd's journal, else with the time.
     """
 
-    PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self.level = "info"
         stderr = os.fstat(2)
         stream = f"{stderr.st_dev}:{stderr.st_ino}"
         self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
-        self._texts = queue.SimpleQueue()
-        self._thread = start_thread(self._write, "log")
+        records = queue.SimpleQueue()
+        self._listener = logging.handlers.QueueListener(records, self)
+        self._listener.start()
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(logging.handlers.QueueHandler(records))
+
+    def set_level(self, level: str):
+        """Drop what is less important than `level`."""
+        self._logger.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
-        priority = self.PRIORITIES[level]
-        if priority <= self.PRIORITIES[self.level]:
-            self._texts.put((time.strftime("%H:%M:%S"), priority, text))
+        self._logger.log(getattr(logging, level.upper()), text)
 
-    def _write(self):
-        for clock, priority, text in iter(self._texts.get, None):
-            # indented, so that a text of several lines does not look like several texts
-            text = printable(text).replace("\n", "\n  ")
-            line = f"{clock} {text}"
-            self.feed.publish(line)
-            if self._is_journal:
-                line = f"<{priority}>" + text.replace("\n", f"\n<{priority}>")
-            with contextlib.suppress(OSError):  # stderr may be closed
-                print(line, file=sys.stderr, flush=True)
+    def handle(self, record: logging.LogRecord):
+        """Write a record, on the listener's thread. Its further lines are indented, so
+        that none looks like another record."""
+        text = printable(record.getMessage()).replace("\n", "\n  ")
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{clock} {text}"
+        self.feed.publish(line)
+        if self._is_journal:
+            priority = f"<{self.PRIORITIES[record.levelname]}>"
+            line = priority + text.replace("\n", f"\n{priority}")
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(line, file=sys.stderr, flush=True)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        self._texts.put(None)
-        self._thread.join(1.0)
+        start_thread(self._listener.stop, "log").join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8572,14 +8595,9 @@ def _joined(host, port):
 
 
 def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
-    """Return the listening sockets that systemd passed. Raise OSError if it passed them
-    to another process."""
-    count, pid = int(environ.get("LISTEN_FDS", 0)), environ.get("LISTEN_PID")
-    if count and pid != str(os.getpid()):
-        raise OSError(
-            f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
-            "start llmswap without a shell around it, or with exec"
-        )
+    """Return the listening sockets that systemd passed to this process."""
+    is_ours = environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(environ.get("LISTEN_FDS", 0)) if is_ours else 0
     return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
@@ -8900,6 +8918,7 @@ def refuse_pending_connections():
 
 GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
 WATCH_EVERY = 1.0  # s between two looks at the file
+WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look and a reload
 
 
@@ -8932,8 +8951,12 @@ class FileWatch:
         self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
-        if self._stamp() not in (None, self._seen):
-            on_change()
+        stamp = self._stamp()
+        while stamp not in (None, self._seen):
+            time.sleep(WATCH_SETTLES)
+            last, stamp = stamp, self._stamp()
+            if stamp == last:
+                return on_change()
 
     def _stamp(self):
         with contextlib.suppress(OSError):
@@ -8967,6 +8990,7 @@ class Application:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._received.add(number))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
         if not listeners:
             return 0
@@ -8999,6 +9023,9 @@ class Application:
         already. Raise OSError if an address cannot be used."""
         listeners = passed_listeners(os.environ)
         self._is_activated = bool(listeners)
+        if "LISTEN_FDS" in os.environ and not listeners:
+            text = "systemd passed its sockets to another process: start llmswap "
+            print(f"{text}without a shell around it, or with exec", file=sys.stderr)
         for address in () if listeners else self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
@@ -9047,7 +9074,8 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        self.log.level = "debug" if self._args.verbose else config.settings.log_level
+        level = "debug" if self._args.verbose else config.settings.log_level
+        self.log.set_level(level)
         self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)

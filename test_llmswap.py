@@ -7282,7 +7282,8 @@ def test_metrics_are_well_formed_and_histograms_add_up():
     shared = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
         id="b", shares="a")  # fmt: skip
-    metrics = metrics_of(llmswap.metrics_text(models, meters, {}))
+    metrics = metrics_of(llmswap.metrics_text(models, meters, {}, 1750000000.0))
+    assert metrics["process_start_time_seconds",] == 1750000000
     assert metrics["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
     in_flight = counted(metrics, "llmswap_requests_in_flight")
     assert ("a",) in in_flight and ("b",) not in in_flight  # b shares with a
@@ -8106,8 +8107,10 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
 
 
 def test_sockets_of_another_process_are_not_used():
-    with pytest.raises(OSError, match="without a shell"):
-        llmswap.passed_listeners({"LISTEN_FDS": "1", "LISTEN_PID": "1"})
+    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    assert llmswap.passed_listeners(environ) == []
+    done = run_llmswap("--listen", "h:1", env={**os.environ, **environ})
+    assert done.returncode == 1 and "without a shell" in done.stderr
 
 
 def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
