@@ -237,7 +237,16 @@ def pattern(expected, regex, convert=lambda match: match[0]):
 
 def either(word, value, parse):
     """Return a parser that reads this word as `value`, and other texts with `parse`."""
-    return lambda text: value if text == word else parse(text)
+
+    def parse_either(text):
+        if text == word:
+            return value
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor {word!r}" if word else str(error)) from None
+
+    return parse_either
 
 
 def one_of(*words):
@@ -298,10 +307,6 @@ def each(parse, container=tuple):
 
 
 parse_sets = each(lambda names: tuple(map(str.strip, names.split("+"))))
-parse_listen = each(  # (host, port) for TCP, the path alone for a Unix socket
-    lambda text: os.path.expanduser(text[len("unix:") :])
-    if re.match("unix:.", text) else parse_host_port(text)
-)
 parse_hosts = each(pattern(  # in lower case, as clients and browsers send names
     "a host name without a port", rf"\*|{HOST}", lambda match: match[0].lower()
 ))
@@ -344,6 +349,15 @@ def resources_text(amounts) -> str:
         unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
         parts.append(f"{name} {size / 2 ** UNIT_POWERS[unit]:.4g}{unit}")
     return ", ".join(parts)
+
+
+def parse_listen(text) -> tuple:
+    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
+    return tuple(
+        os.path.expanduser(part[len("unix:") :])
+        if re.match("unix:.", part) else parse_host_port(part)
+        for part in parse_words(text) or [""]
+    )
 
 
 def parse_object(text) -> dict:
@@ -8397,12 +8411,14 @@ class Log:
         records = queue.SimpleQueue()
         self._listener = logging.handlers.QueueListener(records, self)
         self._listener.start()
+        self._handler = logging.handlers.QueueHandler(records)
         self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(logging.handlers.QueueHandler(records))
+        self._logger.addHandler(self._handler)
+        self.set_level("info")
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
-        self._logger.setLevel(level.upper())
+        self._handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
         self._logger.log(getattr(logging, level.upper()), text)

@@ -927,7 +927,7 @@ OPTIONS = llmswap.parse_help(HELP)
     ("listen",
      {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
       "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
-     ["8080", ":8080", "h:99999", "::1:80", "[::1]", "http://h:1", "unix:",
+     ["", ",", "8080", ":8080", "h:99999", "::1:80", "[::1]", "http://h:1", "unix:",
       "h:x", "a b:1"]),
     ("check-endpoint", {"/v1/health": "/v1/health", "none": None},
      ["", "health", "/a b", "None"]),
@@ -1188,7 +1188,7 @@ MEANINGS = [
      """, {
         "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
         "a.settings.env": {"A": "1", "B": "3"}, "b.settings.env": {"A": "1", "B": "2"},
-        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off",
+        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off, nor 'loaded'",
         "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
     }),
     # values that llama.cpp forgives are forgiven
@@ -5182,7 +5182,7 @@ def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
             assert (answer.status, answer.message()) == (400, problem)
             assert swap.post(path, {"model": "none"}).status == 404
             assert swap.post(path, {}).status == swap.post(path, "{").status == 400
-            assert swap.get(path).status == 404
+            assert swap.get(path).status == 405
         seen = [next(events), next(events)]
         while seen[-1]["data"]["status"] != "unloaded":
             seen.append(next(events))
@@ -5470,9 +5470,9 @@ ERRORS = [  # method, path, body; status and code of the answer
     ("POST", "/v1/x", {"model": "x" * 100_000}, 404, "model_not_found"),
     ("POST", "/v1/x", '{"model":"\\ud800"}', 404, "model_not_found"),
     ("GET", "/v1/none", None, 404, "not_found"),
-    ("DELETE", "/v1/models", None, 404, "not_found"),
-    ("POST", "/running", {"model": "a"}, 404, "not_found"),
-    ("PUT", "/health", None, 404, "not_found"),
+    ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
+    ("POST", "/running", {"model": "a"}, 405, "method_not_allowed"),
+    ("PUT", "/health", None, 405, "method_not_allowed"),
     ("POST", "/v1/x", {"model": "gone"}, 502, "model_start_failed"),
 ]
 
@@ -8106,10 +8106,11 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
-def test_sockets_of_another_process_are_not_used():
+def test_sockets_of_another_process_are_not_used(tmp_path):
+    (tmp_path / "m.ini").touch()
     environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
     assert llmswap.passed_listeners(environ) == []
-    done = run_llmswap("--listen", "h:1", env={**os.environ, **environ})
+    done = run_llmswap(tmp_path / "m.ini", "--listen", "unix:/no/way", env={**os.environ, **environ})
     assert done.returncode == 1 and "without a shell" in done.stderr
 
 
