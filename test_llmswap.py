@@ -8110,7 +8110,9 @@ def test_sockets_of_another_process_are_not_used(tmp_path):
     (tmp_path / "m.ini").touch()
     environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
     assert llmswap.passed_listeners(environ) == []
-    done = run_llmswap(tmp_path / "m.ini", "--listen", "unix:/no/way", env={**os.environ, **environ})
+    command = [*PYTHON, llmswap_file(), tmp_path / "m.ini", "--listen", "unix:/no/way"]
+    env, pipe = {**os.environ, **environ}, subprocess.PIPE
+    done = subprocess.run(command, env=env, stderr=pipe, text=True, timeout=60)
     assert done.returncode == 1 and "without a shell" in done.stderr
 
 
