@@ -5165,11 +5165,11 @@ class Pool:
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
-        with self._event() as now:
+        with self._event():
             self._changed.wait_for(lambda: not self._scheduler.in_flight, grace)
-            self._scheduler.unload_all(now, problem)
+            self._scheduler.unload_all(-math.inf, problem)  # at once
             for backend in self._backends.values():
-                backend.stop()  # also if it is in use, or falling asleep
+                backend.stop()  # also one that is falling asleep
         with self._lock:
             self._changed.wait_for(lambda: not self._backends)
         self._guard.close()
