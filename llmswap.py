@@ -3034,7 +3034,7 @@ class Backend:
         limit = self._load_timeout
         began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
-        self._model_size, self._seen_activity = 0, set()
+        self._model_size = self._most_activity = 0
         while self._may_become_ready():
             asked_at = time.monotonic()
             left = self._progress_at + limit - asked_at
@@ -3068,10 +3068,9 @@ class Backend:
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
-        activity = memory >> 20, read >> 20  # a few pages are no progress
-        if self._seen_activity and activity not in self._seen_activity:
-            self._progress_at = self._looked_at  # values seen before are no progress
-        self._seen_activity.add(activity)
+        activity = memory + read >> 20  # a few pages are no progress
+        if activity > self._most_activity:
+            self._most_activity, self._progress_at = activity, self._looked_at
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
@@ -3349,7 +3348,7 @@ class ProcessBackend(Backend):
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
         self._terminate()
-        text = "\n".join([line for line in list(self.lines) if line.strip()][-10:])
+        text = "\n".join([line for line in self.lines if line.strip()][-10:])
         return f"\n{text[-3000:]}" if text else ""
 
 
