@@ -6345,9 +6345,11 @@ def _send(outgoing, upstream, sock, monitor):
 
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
+    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
+    if answer.is_event_stream and not answer.get("x-accel-buffering"):
+        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     if not response.is_early:
-        length = None if transform else answer.length
-        response.start(answer.status, _response_headers(answer), length)
+        response.start(answer.status, headers, None if transform else answer.length)
     problem, last = None, b""
     try:
         for piece in answer.pieces():
@@ -6373,13 +6375,6 @@ def _pass_on(answer, backend, response, transform):
         response.end()
 
 
-def _response_headers(answer):
-    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
-    if answer.is_event_stream and not answer.get("x-accel-buffering"):
-        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
-    return headers
-
-
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
     payload = b""
@@ -6403,7 +6398,7 @@ def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.start(101, _response_headers(answer) + upgrade, 0)
+    response.start(101, end_to_end(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -6716,34 +6711,28 @@ _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 def _calls_in(payload):
     """Return [(key, object, name)] of the tool calls: object[name] is the text of the
-    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block)."""
-    calls = []
+    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block); and
+    {choice: finish reason} of the choices that end."""
+    calls, ends = [], {}
     for position, choice in enumerate(payload.get("choices") or ()):
+        index = choice.get("index", position)
         message = choice.get("delta" if "delta" in choice else "message") or {}
         for at, tool in enumerate(message.get("tool_calls") or ()):
             function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                key = choice.get("index", position), tool.get("index", at)
-                calls.append((key, function, "arguments"))
+                calls.append(((index, tool.get("index", at)), function, "arguments"))
+        if choice.get("finish_reason"):
+            ends[index] = str(choice["finish_reason"])
     delta = payload.get("delta") or {}
     if isinstance(delta.get("partial_json"), str):
         calls.append(((None, payload.get("index", 0)), delta, "partial_json"))
     for at, block in enumerate(payload.get("content") or ()):
         if block["type"] == "tool_use" and isinstance(block["input"], str):
             calls.append(((None, at), block, "input"))
-    return calls
-
-
-def _ends_in(payload):
-    """Return {choice: finish reason} of those that end; Anthropic's choice is None."""
-    ends = {}
-    for position, choice in enumerate(payload.get("choices") or ()):
-        if choice.get("finish_reason"):
-            ends[choice.get("index", position)] = str(choice["finish_reason"])
-    reason = (payload.get("delta") or payload).get("stop_reason")
+    reason = (delta or payload).get("stop_reason")
     if reason or payload.get("type") in ("content_block_start", "message_stop"):
         ends[None] = str(reason)
-    return ends
+    return calls, ends
 
 
 def _cut_off(calls, ends):
@@ -6759,8 +6748,8 @@ def repair_body(body: bytes) -> bytes:
         return body
     try:
         original, payload = json.loads(body), json.loads(body)
-        calls = _calls_in(payload)
-        cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+        calls, ends = _calls_in(payload)
+        cut = _cut_off([key for key, _, _ in calls], ends)
         for key, member, name in calls:
             if key not in cut:
                 member[name] = text = repair_arguments(member[name])
@@ -6834,7 +6823,7 @@ class RepairStream:
             return event
 
     def _pass_payload(self, event, payload):
-        calls, ends = _calls_in(payload), _ends_in(payload)
+        calls, ends = _calls_in(payload)
         fragments = {key: member[name] for key, member, name in calls}
         for key in fragments:
             self._open.setdefault(key, [])
@@ -6879,7 +6868,7 @@ class RepairStream:
                 continue
             if self._repaired.keys() & keys:
                 payload = json.loads(_data_of(event))
-                for key, member, name in _calls_in(payload):
+                for key, member, name in _calls_in(payload)[0]:
                     if member[name] and key in self._repaired:
                         member[name], self._repaired[key] = self._repaired[key], ""
                 event = _with_data(event, payload)
