@@ -8378,30 +8378,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
-            self._check_use(model)
-            return self._forward(model, self.head.target)
+            return self._forward(self.head.target)
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        self._relay(self._upstream_request(model, self.head.target), backend)
+        self._relay(self._upstream_request(self.head.target), backend)
 
-    def _check_use(self, model, refusal=None):
+    def _check_use(self, refusal):
         """Raise a refusal if the model is not loaded, and may not be by this request:
-        the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
-        a GET that would load it."""
+        the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
+        foreign page causes a GET that would load the model."""
         is_safe = self.head.method in SAFE_METHODS
-        if is_safe and not self.pool.backend_of(model, State.LOADED):
+        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
         value = self.head.parameter("autoload")
         if value or not (refusal or self.config.settings.models_autoload):
             may_load = value in ("true", "1")
             refusal = None if may_load else BadRequest("model is not loaded")
-        self.load_refusal = refusal
-        if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
+        states = State.LOADING, State.LOADED
+        if refusal and not self.pool.backend_of(self.model, *states):
             raise refusal
+        return refusal
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
@@ -8421,9 +8421,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
-        self._check_use(model, refusal)
         self._read_info(is_needed=False)
-        self._forward(model, path + query, preemptible=is_safe)
+        self._forward(path + query, refusal, preemptible=is_safe)
 
     def _read_info(self, is_needed):
         """Find the model in the body; GET, HEAD and upgrades have none."""
@@ -8439,26 +8438,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
-        model = self.model = model or self._resolve(name or None)
-        self._check_use(model)
-        self._forward(model, self.head.target)
+        self.model = model or self._resolve(name or None)
+        self._forward(self.head.target)
 
-    def _forward(self, model, target, preemptible=False):
+    def _forward(self, target, refusal=None, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
+        refusal = self._check_use(refusal)
         idle_timeout = _idle_timeout_in(self.info.members)
         preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
             self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
-        notice, path = model.settings.loading_notice, target.split("?")[0]
+        notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
         is_stream = may_stream and self.info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
-            self.response.progress_event = self._progress_events(model).__next__
+            self.response.progress_event = self._progress_events().__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(model, target)
-        terms = model, self.response.heartbeat, preemptible, self.load_refusal
+        outgoing = self._upstream_request(target)
+        terms = self.model, self.response.heartbeat, preemptible, refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
             with self.pool.lease(*terms) as backend:
@@ -8474,7 +8473,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
                 except BackendDied as error:
                     has_died = backend.died(1.0)
-                    may_repeat = outgoing.rest is None and not self.load_refusal
+                    may_repeat = outgoing.rest is None and not refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
@@ -8482,22 +8481,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error from None
 
-    def _progress_events(self, model):
+    def _progress_events(self):
         """Yield events that a chat shows as the model's reasoning during its load, or
         b"" if nothing has changed or the last event is too recent."""
+        name, last_text, next_at = self.model.name, "", 0.0
         chunk = {
-            "id": f"chatcmpl-{model.name}-loading",
+            "id": f"chatcmpl-{name}-loading",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": model.name,
+            "model": name,
         }
-        last_text, next_at = "", 0.0
         while True:
-            status, now = self.pool.status(model), time.monotonic()
-            text = f"waiting for room for {model.name}"
+            status, now = self.pool.status(self.model), time.monotonic()
+            text = f"waiting for room for {name}"
             if status.state == "loading":
                 progress = percent(status.progress) or f", {status.seconds:.0f} s"
-                text = f"loading {model.name}{progress}"
+                text = f"loading {name}{progress}"
             if now < next_at or text == last_text or status.state == "loaded":
                 yield b""
                 continue
@@ -8506,11 +8505,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, model, target):
-        body, info, settings = self.body, self.info, model.settings
+    def _upstream_request(self, target):
+        body, info, settings = self.body, self.info, self.model.settings
         held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
-            text = f"the request for {model.name} has come back to llmswap"
+            text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
         removed &= info.members.keys()
