@@ -6008,9 +6008,11 @@ def _send(outgoing, upstream, sock, monitor):
 
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
+    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
+    if answer.is_event_stream and not answer.get("x-accel-buffering"):
+        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     if not response.is_early:
-        length = None if transform else answer.length
-        response.start(answer.status, _response_headers(answer), length)
+        response.start(answer.status, headers, None if transform else answer.length)
     problem, last = None, b""
     try:
         for piece in answer.pieces():
@@ -6036,13 +6038,6 @@ def _pass_on(answer, backend, response, transform):
         response.end()
 
 
-def _response_headers(answer):
-    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
-    if answer.is_event_stream and not answer.get("x-accel-buffering"):
-        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
-    return headers
-
-
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
     payload = b""
@@ -6066,7 +6061,7 @@ def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.start(101, _response_headers(answer) + upgrade, 0)
+    response.start(101, end_to_end(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -6379,34 +6374,28 @@ _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 def _calls_in(payload):
     """Return [(key, object, name)] of the tool calls: object[name] is the text of the
-    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block)."""
-    calls = []
+    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block); and
+    {choice: finish reason} of the choices that end."""
+    calls, ends = [], {}
     for position, choice in enumerate(payload.get("choices") or ()):
+        index = choice.get("index", position)
         message = choice.get("delta" if "delta" in choice else "message") or {}
         for at, tool in enumerate(message.get("tool_calls") or ()):
             function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                key = choice.get("index", position), tool.get("index", at)
-                calls.append((key, function, "arguments"))
+                calls.append(((index, tool.get("index", at)), function, "arguments"))
+        if choice.get("finish_reason"):
+            ends[index] = str(choice["finish_reason"])
     delta = payload.get("delta") or {}
     if isinstance(delta.get("partial_json"), str):
         calls.append(((None, payload.get("index", 0)), delta, "partial_json"))
     for at, block in enumerate(payload.get("content") or ()):
         if block["type"] == "tool_use" and isinstance(block["input"], str):
             calls.append(((None, at), block, "input"))
-    return calls
-
-
-def _ends_in(payload):
-    """Return {choice: finish reason} of those that end; Anthropic's choice is None."""
-    ends = {}
-    for position, choice in enumerate(payload.get("choices") or ()):
-        if choice.get("finish_reason"):
-            ends[choice.get("index", position)] = str(choice["finish_reason"])
-    reason = (payload.get("delta") or payload).get("stop_reason")
+    reason = (delta or payload).get("stop_reason")
     if reason or payload.get("type") in ("content_block_start", "message_stop"):
         ends[None] = str(reason)
-    return ends
+    return calls, ends
 
 
 def _cut_off(calls, ends):
@@ -6422,8 +6411,8 @@ def repair_body(body: bytes) -> bytes:
         return body
     try:
         original, payload = json.loads(body), json.loads(body)
-        calls = _calls_in(payload)
-        cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+        calls, ends = _calls_in(payload)
+        cut = _cut_off([key for key, _, _ in calls], ends)
         for key, member, name in calls:
             if key not in cut:
                 member[name] = text = repair_arguments(member[name])
@@ -6497,7 +6486,7 @@ class RepairStream:
             return event
 
     def _pass_payload(self, event, payload):
-        calls, ends = _calls_in(payload), _ends_in(payload)
+        calls, ends = _calls_in(payload)
         fragments = {key: member[name] for key, member, name in calls}
         for key in fragments:
             self._open.setdefault(key, [])
@@ -6542,7 +6531,7 @@ class RepairStream:
                 continue
             if self._repaired.keys() & keys:
                 payload = json.loads(_data_of(event))
-                for key, member, name in _calls_in(payload):
+                for key, member, name in _calls_in(payload)[0]:
                     if member[name] and key in self._repaired:
                         member[name], self._repaired[key] = self._repaired[key], ""
                 event = _with_data(event, payload)
@@ -8027,30 +8016,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
-            self._check_use(model)
-            return self._forward(model, self.head.target)
+            return self._forward(self.head.target)
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        self._relay(self._upstream_request(model, self.head.target), backend)
+        self._relay(self._upstream_request(self.head.target), backend)
 
-    def _check_use(self, model, refusal=None):
+    def _check_use(self, refusal):
         """Raise a refusal if the model is not loaded, and may not be by this request:
-        the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
-        a GET that would load it."""
+        the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
+        foreign page causes a GET that would load the model."""
         is_safe = self.head.method in SAFE_METHODS
-        if is_safe and not self.pool.backend_of(model, State.LOADED):
+        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
         value = self.head.parameter("autoload")
         if value or not (refusal or self.config.settings.models_autoload):
             may_load = value in ("true", "1")
             refusal = None if may_load else BadRequest("model is not loaded")
-        self.load_refusal = refusal
-        if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
+        states = State.LOADING, State.LOADED
+        if refusal and not self.pool.backend_of(self.model, *states):
             raise refusal
+        return refusal
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
@@ -8070,9 +8059,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
-        self._check_use(model, refusal)
         self._read_info(is_needed=False)
-        self._forward(model, path + query, preemptible=is_safe)
+        self._forward(path + query, refusal, preemptible=is_safe)
 
     def _read_info(self, is_needed):
         """Find the model in the body; GET, HEAD and upgrades have none."""
@@ -8088,26 +8076,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
-        model = self.model = model or self._resolve(name or None)
-        self._check_use(model)
-        self._forward(model, self.head.target)
+        self.model = model or self._resolve(name or None)
+        self._forward(self.head.target)
 
-    def _forward(self, model, target, preemptible=False):
+    def _forward(self, target, refusal=None, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
+        refusal = self._check_use(refusal)
         idle_timeout = _idle_timeout_in(self.info.members)
         preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
             self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
-        notice, path = model.settings.loading_notice, target.split("?")[0]
+        notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
         is_stream = may_stream and self.info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
-            self.response.progress_event = self._progress_events(model).__next__
+            self.response.progress_event = self._progress_events().__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(model, target)
-        terms = model, self.response.heartbeat, preemptible, self.load_refusal
+        outgoing = self._upstream_request(target)
+        terms = self.model, self.response.heartbeat, preemptible, refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
             with self.pool.lease(*terms) as backend:
@@ -8123,7 +8111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
                 except BackendDied as error:
                     has_died = backend.died(1.0)
-                    may_repeat = outgoing.rest is None and not self.load_refusal
+                    may_repeat = outgoing.rest is None and not refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
@@ -8131,22 +8119,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error from None
 
-    def _progress_events(self, model):
+    def _progress_events(self):
         """Yield events that a chat shows as the model's reasoning during its load, or
         b"" if nothing has changed or the last event is too recent."""
+        name, last_text, next_at = self.model.name, "", 0.0
         chunk = {
-            "id": f"chatcmpl-{model.name}-loading",
+            "id": f"chatcmpl-{name}-loading",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": model.name,
+            "model": name,
         }
-        last_text, next_at = "", 0.0
         while True:
-            status, now = self.pool.status(model), time.monotonic()
-            text = f"waiting for room for {model.name}"
+            status, now = self.pool.status(self.model), time.monotonic()
+            text = f"waiting for room for {name}"
             if status.state == "loading":
                 progress = percent(status.progress) or f", {status.seconds:.0f} s"
-                text = f"loading {model.name}{progress}"
+                text = f"loading {name}{progress}"
             if now < next_at or text == last_text or status.state == "loaded":
                 yield b""
                 continue
@@ -8155,11 +8143,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, model, target):
-        body, info, settings = self.body, self.info, model.settings
+    def _upstream_request(self, target):
+        body, info, settings = self.body, self.info, self.model.settings
         held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
-            text = f"the request for {model.name} has come back to llmswap"
+            text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
         removed &= info.members.keys()
