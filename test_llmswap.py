@@ -413,8 +413,11 @@ def family(token):
 
 
 def _read_proc(pid, name):
-    with open(f"/proc/{pid}/{name}", "rb") as file:
-        return file.read()
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)  # half the cost of a file object
+    try:
+        return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
+    finally:
+        os.close(fd)
 
 
 def zombies_of(pid):
