@@ -126,9 +126,6 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
-class SpokenTLS(BadRequest):
-    """A client spoke TLS where HTTP is served."""
-
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
@@ -221,8 +218,9 @@ SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
+PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+HOST = r"(?:\[([\w:.%]+)\]|([^\s\[\]:/?#*]+))"
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -237,9 +235,18 @@ def pattern(expected, regex, convert=lambda match: match[0]):
     return parse
 
 
-def or_none(word, parse):
-    """Return a parser that reads this word as None, and other texts with `parse`."""
-    return lambda text: None if text == word else parse(text)
+def either(word, value, parse):
+    """Return a parser that reads this word as `value`, and other texts with `parse`."""
+
+    def parse_either(text):
+        if text == word:
+            return value
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor {word!r}" if word else str(error)) from None
+
+    return parse_either
 
 
 def one_of(*words):
@@ -262,48 +269,30 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
-)
-parse_pin = pattern(
-    "on, off or loaded",
-    f"loaded|{BOOLEAN}",
-    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
+    "on or off",
+    f"(?i){'|'.join(TRUE_WORDS)}|off|false|0|disabled|no",
+    lambda match: match[0].lower() in TRUE_WORDS,
 )
 parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
 )
-
-
-def parse_url(text) -> str:
-    """Return the URL of a server: with a host, a valid port or none, and no query."""
-    is_usable = False
-    with contextlib.suppress(ValueError):  # of the port, or of a bracket
-        parts = urllib.parse.urlsplit(text)
-        is_usable = parts.hostname and parts.port != 0
-    if not is_usable or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
-    return text
-
-
-parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_mac = or_none("", pattern(
+parse_url = pattern(
+    "a URL such as http://127.0.0.1:8000",
+    rf"https?://{HOST}(?::(?!0)(?:{PORT}))?(?:/[^\s?#]*)?",
+)
+parse_host_port = pattern(
+    "an address such as 127.0.0.1:8080 or [::1]:8080",
+    f"{HOST}:({PORT})",
+    lambda match: (match[1] or match[2], int(match[3])),
+)
+parse_endpoint = either("none", None, pattern("a path such as /health", r"/\S*"))
+parse_mac = either("", None, pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
     lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
 ))
-
-
-def size_text(size) -> str:
-    """Return a size as people write it: the inverse of parse_size."""
-    unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
-    return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
-
-
-def resources_text(amounts) -> str:
-    """Return amounts as people write them: the inverse of parse_resources."""
-    return ", ".join(f"{name} {size_text(size)}" for name, size in amounts.items())
 
 
 def parse_words(text) -> tuple:
@@ -312,73 +301,68 @@ def parse_words(text) -> tuple:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-parse_host = pattern("a host name without a port", r"\*|[^\s/:*]+|\[[0-9a-f:.]+\]")
-parse_origin = pattern(
+def each(parse, container=tuple):
+    """Return a parser of the parts between commas."""
+    return lambda text: container(map(parse, parse_words(text)))
+
+
+parse_sets = each(lambda names: tuple(map(str.strip, names.split("+"))))
+parse_hosts = each(pattern(  # in lower case, as clients and browsers send names
+    "a host name without a port", rf"\*|{HOST}", lambda match: match[0].lower()
+))
+parse_origins = each(pattern(
     "localhost, * or an origin such as https://chat.example",
-    r"(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
-    lambda match: match[1],
-)
-
-
-def parse_hosts(text) -> tuple:
-    """Return the host names between commas, in lower case as clients send them."""
-    return tuple(map(parse_host, parse_words(text.lower())))
-
-
-def parse_origins(text) -> tuple:
-    """Return the web origins between commas, in lower case as browsers send them."""
-    return tuple(map(parse_origin, parse_words(text.lower())))
-
-
-def parse_resources(text, parse_amount=parse_size) -> dict:
-    """Return amounts by resource: "vram 18G, ram 4G"."""
-    amounts = {}
-    for part in parse_words(text):
-        match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
-        if not match or match[1] in amounts:
-            raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
-        amounts[match[1]] = parse_amount(match[2])
-    return amounts
-
-
-def parse_budget(text) -> dict:
-    """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
-    text = "vram auto, ram auto" if text == "auto" else text
-    amounts = parse_resources(text, or_none("auto", parse_size))
-    for name in amounts.keys() - {"vram", "ram"}:
-        if amounts[name] is None:
-            raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
-    return amounts
-
-
-def parse_sets(text) -> tuple:
-    """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
-    sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
-    if not all(name for names in sets for name in names):
-        raise ValueError(f"{text!r} are not sets such as a + b, a + c")
-    return tuple(sets)
-
+    r"(?i)(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
+    lambda match: match[1].lower(),
+))
 
 CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
-parse_capability = pattern(
+parse_capabilities = each(pattern(  # True by name; of `context`, the tokens
     f"one of {', '.join(CAPABILITIES)} or context 32768",
     rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
     lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
-)
+), dict)
 
 
-def parse_capabilities(text) -> dict:
-    """Return what a model can do: True by name; for `context` the number of tokens."""
-    return dict(map(parse_capability, parse_words(text)))
+def parse_resources(text, automatic=()) -> dict:
+    """Return amounts by resource: "vram 18G, ram 4G". Those that may be automatic are
+    None for "vram auto", all of them for "auto"."""
+    if text == "auto" and automatic:
+        return dict.fromkeys(automatic)
+    amounts = {}
+    for part in parse_words(text):
+        name, _, size = part.partition(" ")
+        if name in amounts:
+            raise ValueError(f"{name!r} is given twice")
+        is_auto = size == "auto" and name in automatic
+        amounts[name] = None if is_auto else parse_size(size.strip())
+    return amounts
+
+
+parse_budget = functools.partial(parse_resources, automatic=("vram", "ram"))
+
+
+def resources_text(amounts) -> str:
+    """Return amounts as people write them: the inverse of parse_resources."""
+    parts = []
+    for name, size in amounts.items():
+        unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
+        parts.append(f"{name} {size / 2 ** UNIT_POWERS[unit]:.4g}{unit}")
+    return ", ".join(parts)
+
+
+def parse_listen(text) -> tuple:
+    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
+    return tuple(
+        os.path.expanduser(part[len("unix:") :])
+        if re.match("unix:.", part) else parse_host_port(part)
+        for part in parse_words(text) or [""]
+    )
 
 
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
-    try:
-        value = json.loads(text or "{}")
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    value = json.loads(text or "{}")  # its ValueError names line and column
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
@@ -394,7 +378,11 @@ def parse_state_dir(text) -> str:
 parse_request = pattern(
     "a request such as POST /sleep?level=1",
     r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
-    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+    lambda match: (
+        match[1] or "POST",
+        match[2],
+        json.dumps(parse_object(match[3])) if match[3] else "",
+    ),
 )
 
 
@@ -402,30 +390,7 @@ def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
     parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
-    requests = tuple(map(parse_request, parts))
-    for _, _, body in requests:
-        parse_object(body)
-    return requests
-
-
-def parse_host_port(text) -> tuple:
-    """Return host and port: 127.0.0.1:8080, [::1]:8080."""
-    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not an address such as 127.0.0.1:8080")
-    return match[1] or match[2], int(match[3])
-
-
-def parse_listen(text) -> tuple:
-    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
-    addresses = tuple(
-        os.path.expanduser(part[len("unix:") :])
-        if re.match("unix:.", part) else parse_host_port(part)
-        for part in parse_words(text)
-    )
-    if not addresses:
-        raise ValueError("an address such as 127.0.0.1:8080 is missing")
-    return addresses
+    return tuple(map(parse_request, parts))
 
 
 # ---- Keys: one row is parser, default, help and example.ini ------------------------
@@ -458,18 +423,15 @@ PROXY_KEYS = (
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "which load together: `coder + embed, big + embed`; others are loaded alone"),
-    Key("cache-models", parse_boolean, "off",
-        "each model in llama.cpp's cache of downloads becomes a model"),
+    Key("cache-models", parse_boolean, "off", "llama.cpp's downloads become models"),
     Key("models-dir", parse_path, "", "every GGUF in it becomes a model"),
-    Key("llama-server", parse_path, "llama-server",
-        "the binary for models that name none"),
+    Key("llama-server", parse_path, "llama-server", "binary for models without one"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
         "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
         "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "",
-        "for requests that name no model; empty: the only model there is"),
-    Key("patience", or_none("auto", parse_duration), "auto",
+    Key("default-model", str, "", "for requests that name none; empty: the only model"),
+    Key("patience", either("auto", None, parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512",
@@ -480,8 +442,7 @@ PROXY_KEYS = (
     Key("allowed-hosts", parse_hosts, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_origins, "localhost",
-        "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
-        "always is"),
+        "web origins allowed beside our own: `localhost` (any port), a list, or `*`"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
@@ -528,12 +489,12 @@ MODEL_KEYS = (
     Key("keep-loaded", parse_boolean, "off",
         "load when llmswap starts, and again whenever it fits and nobody waits; "
         "requests for others may evict it; `idle-timeout` does not count"),
-    Key("pin", parse_pin, "off",
+    Key("pin", either("loaded", "loaded", parse_boolean), "off",
         "`on`: neither evicted nor unloaded when idle; `loaded`: not evicted while it "
         "is loaded, and requests for what does not fit beside it are refused"),
     Key("keep-context", parse_boolean, "off",
         "save llama-server's processed prompts at its stop, restore them at its start"),
-    Key("needs", or_none("auto", parse_resources), "",
+    Key("needs", either("auto", None, parse_resources), "",
         "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0", "requests at once, others wait; 0: no limit"),
@@ -546,13 +507,11 @@ MODEL_KEYS = (
     Key("hang-timeout", parse_duration, "60s",
         "restart after so long without an answer to a request and to health; 0: never, "
         "the default of `cmd` models"),
-    Key("wake-mac", parse_mac, "",
-        "send Wake-on-LAN to this address while the backend does not answer"),
+    Key("wake-mac", parse_mac, "", "send Wake-on-LAN here while the backend is silent"),
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
-    Key("default-params", parse_object, "",
-        "JSON object merged deep under requests, which override it"),
+    Key("default-params", parse_object, "", "JSON object merged deep under requests"),
     Key("set-params", parse_object, "", "JSON object merged deep over requests"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
@@ -595,12 +554,9 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def key_name(key, keys) -> Optional[str]:
-    """Return the name of this key, which may be a synonym, in `keys`, or None."""
-    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", key):
-        return key
-    name = SYNONYMS.get(key, key)
-    return name if name in keys else None
+def is_model_key(name) -> bool:
+    """Return whether llmswap, not llama-server, reads this key of a model."""
+    return bool(name in MODEL_KEY or re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", name))
 
 
 def suggestion(name, names) -> str:
@@ -628,16 +584,15 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (
-    *QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params"
-)
+WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params")
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key as it is written."""
+    """One `key = text`; `place` names file, line, section and key as it is written,
+    while `key` has dashes and is no synonym."""
 
     key: str
     text: str
@@ -689,16 +644,16 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     place = f"{place} [{section.name}] {key}"
     if section.name != "macros" and not key.startswith("env."):
         key = key.replace("_", "-")
-    keys = PROXY_KEY if section.name == "llmswap" else MODEL_KEY
-    name = "macro" if section.name == "macros" else key_name(key, keys)
+        key = SYNONYMS.get(key, key)
     if key == "cmd":
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-        lines = [line for line in lines if not line.startswith((";", "#"))]
-        text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
-    if name in WITHOUT_COMMENT:
+        lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
+        text = " ".join(filter(None, lines))
+    if key in WITHOUT_COMMENT:
         return Setting(key, text.strip(" \t"), place)
-    is_read_by_llama = name is None or name in SHARED_KEYS
-    comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
+    is_own = section.name in ("llmswap", "macros") or is_model_key(key)
+    is_shared = not is_own or key in SHARED_KEYS
+    comment = (LLAMA_COMMENT if is_shared else OWN_COMMENT).search(text)
     value = text[: comment.start() if comment else None].strip(" \t")
     if comment and (comment[0] in (";", "#") or value.count('"') % 2):
         warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
@@ -706,10 +661,13 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     return Setting(key, value, place)
 
 
-# ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
+# ---- Texts: with variables and macros as ${NAME}, some quoted as in a shell ----------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
-MACRO_DEPTH = 10  # how deep macros may use macros
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
 
 
 def expand(text, variables) -> str:
@@ -720,8 +678,6 @@ def expand(text, variables) -> str:
         if match[1] is None:
             return "${"
         if match[1] not in variables:
-            if match[1].startswith("env."):
-                raise ValueError(f"{match[1][len('env.') :]} is not in the environment")
             raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
         return str(variables[match[1]])
 
@@ -730,17 +686,15 @@ def expand(text, variables) -> str:
 
 def needs_port(text) -> bool:
     """Return whether ${PORT} stands in the text."""
-    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+    return "PORT" in VARIABLE.findall(text)
 
 
 def read_setting(key, setting, macros, variables, warn):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
-    `warn` is called for words of a command that only a shell understands.
-    """
+    """Return the value of the key, or raise ConfigError with the setting's place. A
+    text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
+    `warn` is called for words of a command that only a shell understands."""
     text = setting.text
-    for _ in range(MACRO_DEPTH):
+    for _ in range(10):  # so deep may macros use macros
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
     late = LATE_VARIABLES.get(key.name, {})
     try:
@@ -753,14 +707,6 @@ def read_setting(key, setting, macros, variables, warn):
         warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
              "run: write sh -c '...', and ${env.NAME} for $NAME")
     return text if late else value
-
-
-# ---- Commands: quoted as in a shell, though none runs them ---------------------------
-
-ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_SYNTAX = re.compile(
-    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
-)
 
 
 def split_words(text) -> list:
@@ -793,22 +739,19 @@ PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
-    """One option: its spellings in the order of --help, and how many values follow."""
+    """One option: its spellings in the order of --help, how many values follow, and
+    the variables of the environment that set it."""
 
     names: tuple
     negatives: tuple = ()
-    environment: Optional[str] = None
     values: int = 1
+    variables: Sequence[str] = ()
 
+    @property
     def keys(self):
-        """Yield every INI key of the option."""
-        if self.environment:
-            variable = self.environment.replace("_", "-")
-            yield variable
-            if self.negatives:
-                yield variable.replace("LLAMA-ARG-", "LLAMA-ARG-NO-", 1)
-        for name in self.names + self.negatives:
-            yield name.lstrip("-")
+        """The INI keys of the option."""
+        names = [*self.names, *self.negatives, *self.variables]
+        return [name.lstrip("-").replace("_", "-") for name in names]
 
     @property
     def name(self):
@@ -834,7 +777,7 @@ class OptionTable:
 
     def __init__(self, options=()):
         # as in llama.cpp, a later option takes a key from an earlier one
-        self.by_key = {key: option for option in options for key in option.keys()}
+        self.by_key = {key: option for option in options for key in option.keys}
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
@@ -871,14 +814,11 @@ class OptionTable:
             option = self.find(key)
             if option is None:
                 continue
-            other = first.setdefault(option.names[0], place)
-            if other != place:
-                written = other.rpartition(" ")[2]
-                yield f"{place}: the same option as {written}; this one counts"
-            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                is_proxy_key = key_name(key, PROXY_KEY)
-                why = "belongs in [llmswap]" if is_proxy_key else "not of a model"
-                yield f"{place}: {why}; it is ignored"
+            other = first.setdefault(option.names[0], key)
+            if other != key:
+                yield f"{place}: the same option as {other}; this one counts"
+            if not ROUTER_OPTIONS.isdisjoint(option.names):
+                yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -892,38 +832,32 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return why the key is wrong: `reason` and the nearest key or option."""
-    if key_name(key, PROXY_KEY):
+    if key in PROXY_KEY:
         return "belongs in [llmswap]"
-    near = suggestion(key, [*MODEL_KEY, *options])
-    return reason + (near.replace("-", "_") if "LLAMA-ARG" in near else near)
+    return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
-    """Return the options in the output of llama-server --help; None for other text.
-
-    A name in the first column begins an option; one blank and a hint after the last
-    name mean that it takes a value. Two words in capitals are two values. Of a flag's
-    further names, those with "no" are negatives.
-    """
+    """Return the options in the output of llama-server --help; None for other text. A
+    name in the first column begins an option; a hint one blank after the last name is
+    its value, two words in capitals are two. Of a flag's further names, those with "no"
+    are negatives."""
     options = []
     for match in OPTION_HELP.finditer(text):
         names, values = re.split(", +", match[1]), len((match[2] or "").split())
-        environment = re.search(r"\(env: (\w+)\)$", match[3])
+        variables = re.findall(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        variable = environment and environment[1]
-        options.append(Option(positives, negatives, variable, values))
-    table = OptionTable(options)
-    model, version = table.by_key.get("model"), table.by_key.get("version")
-    is_sane = model and model.values and version and not version.values
-    return table if is_sane and len(options) >= 150 else None
+        if negatives:
+            variables += [name.replace("_ARG_", "_ARG_NO_", 1) for name in variables]
+        options.append(Option(positives, negatives, values, variables))
+    return OptionTable(options) if len(options) >= 150 else None
 
 
 # ---- Models --------------------------------------------------------------------------
 
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
 # The keys whose change needs a new backend, by kind of model.
@@ -947,27 +881,21 @@ SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` n
 
 
 class Model(NamedTuple):
-    """One model as the file describes it.
-
-    `options` are layers of settings, the weakest first, each in the order of its keys.
-    They, the environment and commands may hold variables, which the methods expand.
-    `backends` are the ids of the models whose backend may serve it, the first one
-    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
-    folder of its saved contexts and ends in a slash; empty: none are saved.
-    """
+    """One model as the file describes it. Its options, environment and commands may
+    hold variables, which the methods expand."""
 
     name: str
     kind: str
     place: str
     settings: ModelSettings
-    options: tuple
+    options: tuple  # layers of settings, the weakest first, each in the order of keys
     variables: dict
-    backends: tuple
-    problem: Optional[str]
+    backends: tuple  # ids of the models whose backend may serve it, the best first
+    problem: Optional[str]  # why it cannot be used
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
-    context_dir: str = ""
+    context_dir: str = ""  # of its saved contexts, with a slash; empty: none are saved
 
     @property
     def has_auto_needs(self) -> bool:
@@ -977,7 +905,7 @@ class Model(NamedTuple):
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin is True
+        return self.settings.pin is True and not self.problem
 
     @property
     def launch(self) -> tuple:
@@ -1027,8 +955,7 @@ class Model(NamedTuple):
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
-        return with_environment(words)
+        return with_environment(self._words(self.settings.cmd_stop, PORT=port, PID=pid))
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -1047,26 +974,23 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return the model's name for files, or a hash if it cannot be one."""
+    """Return the model's name as it can be a file's: quoted as in a URL."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
-    if quoted.startswith(".") or len(quoted) > 100:
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-    return quoted
+    return re.sub("^[.]", "%2E", quoted)
 
 
-def has_source(keys) -> bool:
-    """Return whether one of llama-server's keys says where the model's file is."""
-    return any(SOURCE_KEY.fullmatch(key.replace("_", "-")) for key in keys)
+def has_source(settings) -> bool:
+    """Return whether one of these options says where the model's file is."""
+    return any(SOURCE_KEY.fullmatch(setting.key) for setting in settings)
 
 
 def split_settings(section):
-    """Return a section's settings by llmswap's key names, and its list of options."""
+    """Return a section's settings by key, and its list of options."""
     keys, options = {}, []
-    for spelling, setting in sorted(section.settings.items()):
-        name = key_name(spelling, MODEL_KEY)
-        if name:
-            keys[name] = setting
-        elif spelling not in IGNORED_KEYS:
+    for key, setting in sorted(section.settings.items()):
+        if is_model_key(key):
+            keys[key] = setting
+        elif key not in IGNORED_KEYS:
             options.append(setting)
     return keys, options
 
@@ -1083,9 +1007,9 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        proxy = self._own.get("proxy")
-        has_fixed_url = proxy and not needs_port(proxy.text)
-        is_remote = has_fixed_url and not has_source(each.key for each in options)
+        is_remote = "proxy" in self._own and not (
+            needs_port(self._own["proxy"].text) or has_source(options)
+        )
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1107,16 +1031,14 @@ class ModelBuilder:
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
-        settings, options = ModelSettings(**values), ()
-        if self._kind == "llama-server":
-            options = tuple(
-                [each._replace(text=self._option_text(each)) for each in layer]
-                for layer in self._layers
-            )
-        for setting, reason in self._mistakes(settings):
-            place = setting.place if setting else self._place
-            self._problems.append(f"{place}: {reason}")
-        problem = self._problems[0] if self._problems else None
+        settings = ModelSettings(**values)
+        layers = self._layers if self._kind == "llama-server" else ()
+        options = tuple(
+            [each._replace(text=self._option_text(each)) for each in layer]
+            for layer in layers
+        )
+        self._problems += map(": ".join, self._mistakes(settings))
+        problem = next(iter(self._problems), None)
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options,
@@ -1141,47 +1063,42 @@ class ModelBuilder:
         return os.path.expanduser(text)
 
     def _mistakes(self, settings):
-        """Yield what is wrong for this kind: the setting to blame, or None, and why."""
-        kind, own = self._kind, self._own
-        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
+        """Yield what is wrong for this kind: the place to blame, and why."""
+        kind, own, here = self._kind, self._own, self._place
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
         for setting in self._layers[-1] if kind != "llama-server" else ():
-            reason = f"options of llama-server cannot stand beside {kind}"
-            yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
+            why = f"options of llama-server cannot stand beside {kind}"
+            yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
             is_other_kind = name in EXCLUSIVE_KEYS and name != kind
             if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, f"cannot stand beside {kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+                yield setting.place, f"cannot stand beside {kind}"
+            elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
-        proxy, has_port = own.get("proxy"), needs_port(settings.proxy)
+        place = own["proxy"].place if "proxy" in own else here
+        has_port = needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
-        keys = {setting.key for layer in self._layers for setting in layer}
-        words = settings.extra_args.split()
-        keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
-        if kind == "llama-server" and not has_source(keys):
-            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+        if kind == "llama-server" and not any(map(has_source, self._layers)):
+            yield here, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
-            yield proxy, "the proxy of a llama-server needs ${PORT}"
+            yield place, "the proxy of a llama-server needs ${PORT}"
         if kind == "cmd" and has_port and not any(map(needs_port, texts)):
-            yield own["cmd"], "without ${PORT} it needs proxy = URL"
+            yield own["cmd"].place, "without ${PORT} it needs proxy = URL"
         if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
-            yield own[kind], "it must not be empty"
+            yield own[kind].place, "it must not be empty"
         if kind in ("unit", "remote") and has_port:
-            yield proxy, "it needs proxy = URL, without ${PORT}"
+            yield place, "it needs proxy = URL, without ${PORT}"
         if settings.proxy.rstrip("/").endswith("/v1"):
-            self._warn(f"{proxy.place}: what clients ask for begins with /v1 already")
+            self._warn(f"{place}: what clients ask for begins with /v1 already")
         if bool(settings.sleep) != bool(settings.wake):
-            yield None, "sleep and wake need each other"
-
-
-TAG = re.compile(r"[-.]([A-Z0-9_]+)\Z", re.IGNORECASE | re.ASCII)
+            yield here, "sleep and wake need each other"
 
 
 def canonical_name(name) -> str:
     """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
     head, colon, tag = name.rpartition(":")
-    match = TAG.search(tag)
+    match = re.search(r"(?ai)[-.]([A-Z0-9_]+)\Z", tag)
     tag = re.sub("[a-z]+", lambda part: part[0].upper(), match[1] if match else tag)
     return head + colon + tag if colon else name
 
@@ -1191,14 +1108,12 @@ def find_models(directory, place) -> dict:
     llama-server does. Raise OSError."""
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        paths, options = [entry.path], {}
-        if entry.is_dir():
-            with contextlib.suppress(PermissionError):  # lost+found, for one
-                paths = [os.path.join(entry.path, n) for n in os.listdir(entry.path)]
-        # llama-server wants the first file of a split model
-        firsts = [each for each in paths if "-00001-of-" in os.path.basename(each)]
-        for path in [*sorted(firsts), *sorted(paths)]:
-            match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
+        # of a split model, llama-server wants the first file
+        _, _, names = next(os.walk(entry.path), ("", (), ()))  # nothing for a file
+        names = sorted(names, key=lambda name: ("-00001-of-" not in name, name))
+        options = {}
+        for path in [os.path.join(entry.path, n) for n in names] or [entry.path]:
+            match = re.search(r"/(mtp-|dspark-|dflash-)?[^/]*\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
                 key = "mmproj" if "mmproj" in match[0] else key
@@ -1230,8 +1145,8 @@ def why_not_together(model, pinned, settings) -> Optional[str]:
     for name, limit in settings.budget.items():
         needed = sum((each.settings.needs or {}).get(name, 0) for each in models)
         if limit is not None and needed > limit:
-            return (f"{prefix} they need {name} {size_text(needed)}, "
-                    f"the budget is {size_text(limit)}")
+            need, budget = resources_text({name: needed}), resources_text({name: limit})
+            return f"{prefix} they need {need}, the budget is {budget}"
     return None
 
 
@@ -1257,10 +1172,10 @@ class Config(NamedTuple):
             return self.models[model_id]
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
-        near = suggestion(name, names)
+        near = suggestion(name, names) or ";"
         shown = ", ".join(listed[:8]) or "none"
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        text = f"there is no model {name!r}{near or ';'} there are {shown}{more}"
+        more = ", ..." if len(listed) > 8 else ""
+        text = f"there is no model {name!r}{near} there are {shown}{more}"
         raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
@@ -1272,11 +1187,10 @@ class Config(NamedTuple):
     def pitfalls(self, table_of: Callable) -> List[str]:
         """Return warnings of options that mean something else to llama.cpp;
         table_of(model) is the OptionTable of a llama-server model."""
-        warnings = {}  # used as a set that keeps its order
-        for model in self.models.values():
-            for layer in model.options:
-                warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
-        return list(warnings)
+        return list(dict.fromkeys(
+            warning for model in self.models.values() for layer in model.options
+            for warning in table_of(model).pitfalls(layer)
+        ))
 
 
 WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
@@ -1285,11 +1199,9 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 def load_config(
     path, listen=None, models_max=None, environ=os.environ, list_cached=lambda _: ()
 ) -> Config:
-    """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
-
-    `listen` and `models_max` override the file's. `list_cached(binary)` returns the
-    names of the models in llama.cpp's cache; it is called if they become models. Raise
-    ConfigError.
+    """Return the Config of a file, or of WITHOUT_FILE if `path` is None. `listen` and
+    `models_max` override the file's. `list_cached(binary)` returns the names of the
+    models in llama.cpp's cache and is called if they become models. Raise ConfigError.
     """
     data = WITHOUT_FILE
     if path is not None:
@@ -1310,13 +1222,11 @@ class ConfigLoader:
         self._list_cached = list_cached
         self._cached = ()  # names of the models in llama.cpp's cache
         self._environ = environ
-        self._warnings = {}  # used as a set that keeps its order
+        self._warnings = []
+        self._warn = self._warnings.append
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
-        for name, setting in macros.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
@@ -1333,37 +1243,30 @@ class ConfigLoader:
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            if model.problem:
-                continue
             reason = why_not_together(model, pinned, config.settings)
-            if reason:
-                problem = f"{model.place}: {reason}"
-                models[model.name] = model._replace(problem=problem)
+            if reason and not model.problem:
+                models[model.name] = model._replace(problem=f"{model.place}: {reason}")
             elif model.is_pinned:
                 pinned.append(model)
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(warnings=tuple(self._warnings), cached=self._cached)
-
-    def _warn(self, message):
-        self._warnings[message] = True
+        warnings = tuple(dict.fromkeys(self._warnings))
+        return config._replace(warnings=warnings, cached=self._cached)
 
     def _read_settings(self, overrides):
         star, written = self._sections["*"].settings, self._written
-        for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
-            if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                written["models-max"] = star.pop(key)  # often written there
+        if "models-max" in star and star["models-max"].text.isdigit():
+            written["models-max"] = star.pop("models-max")  # often written there
         if "llama-server" in star:
             written["llama-server"] = star["llama-server"]
-        for spelling, setting in self._sections["llmswap"].settings.items():
-            name = key_name(spelling, PROXY_KEY)
-            if name:
-                written[name] = setting
-            elif key_name(spelling, MODEL_KEY):
+        for key, setting in self._sections["llmswap"].settings.items():
+            if key in PROXY_KEY:
+                written[key] = setting
+            elif is_model_key(key):
                 raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
-            elif spelling not in IGNORED_KEYS:
-                near = suggestion(spelling, PROXY_KEY)
+            elif key not in IGNORED_KEYS:
+                near = suggestion(key, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
         for name, text in overrides.items():
             if text is not None:
@@ -1390,13 +1293,12 @@ class ConfigLoader:
             setting = self._written.get(name)
             if setting and setting.text and not keys:  # all would be open
                 raise ConfigError(f"{setting.place}: there is no key in it")
-        return tuple(dict.fromkeys(keys))
+        return keys
 
     def _build_models(self, settings):
         keys, options = split_settings(self._sections["*"])
-        for name in NOT_FOR_ALL:
-            if name in keys:
-                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
+        for name in keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
+            raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._written:
             keys.setdefault("llama-server", self._written["llama-server"])
         if None in settings.budget.values():
@@ -1414,8 +1316,8 @@ class ConfigLoader:
             if name not in self._sections:
                 model = model._replace(source=source)
             if model.kind == "llama-server" and model.settings.keep_context:
-                path = os.path.join(settings.state_dir, "context", folder_name(name))
-                model = model._replace(context_dir=f"{path}/")
+                path = f"{settings.state_dir}/context/{folder_name(name)}/"
+                model = model._replace(context_dir=path)
             models.append(model)
         if models and all(model.kind != "llama-server" for model in models):
             for setting in options:
@@ -1461,40 +1363,37 @@ class ConfigLoader:
         """Return the models by id, and fill `_names`: first with ids, then aliases,
         canonical names, repositories with one cached model, and names in lower case.
         A name keeps its first owner."""
-        self._names.update((model.name, model.name) for model in models)
-        named = {}
+        claims = [("the id", model.name, model) for model in models]
         for model in models:
-            aliases = tuple(
-                name for name in model.settings.alias
-                if name != model.name and self._register(name, model, "the alias")
-            )
-            named[model.name] = model._replace(aliases=aliases)
+            claims += [("the alias", name, model) for name in model.settings.alias]
         for model in sorted(models, key=lambda model: model.name, reverse=True):
-            self._register(canonical_name(model.name), model, "llama.cpp's name")
+            claims.append(("llama.cpp's name", canonical_name(model.name), model))
+        for label, name, model in claims:
+            owner = self._names.setdefault(name, model.name)
+            if owner != model.name:
+                self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register(self, name, model, label):
-        """Give the model the name if it is free; return whether the model has it."""
-        owner = self._names.setdefault(name, model.name)
-        if owner != model.name:
-            self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
-        return owner == model.name
+        return {
+            model.name: model._replace(aliases=tuple(
+                name for name in model.settings.alias
+                if name != model.name and self._names[name] == model.name
+            ))
+            for model in models
+        }
 
     def _resolve_names(self, config):
         """Return the settings with ids in the place of names of models."""
 
         def find(name, key):
-            model = config.models.get(config.find(name))
-            if model is None:
-                place = self._written[key].place
-                raise ConfigError(f"{place}: there is no model {name!r}")
-            return model
+            try:
+                return config.resolve(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"{self._written[key].place}: {error}") from None
 
         sets = []
         for names in config.settings.sets:
@@ -1573,7 +1472,7 @@ class ModelSpec(NamedTuple):
     models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
     unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
     `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room.
+    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
     """
 
     needs: Mapping[str, int] = {}
@@ -1586,6 +1485,7 @@ class ModelSpec(NamedTuple):
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
+    problem: Optional[APIError] = None
 
 
 class ModelUsage(NamedTuple):
@@ -1666,7 +1566,9 @@ class Ticket:
     it once its model would have to be loaded.
     """
 
-    def __init__(self, number, model, arrived, preemptible, manual, load_refusal):
+    def __init__(
+        self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
+    ):
         self.number = number
         self.model = model
         self.arrived = arrived
@@ -1699,14 +1601,14 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
+        self.is_released = False  # unloaded by hand: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
-        self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1743,8 +1645,13 @@ class ModelState:
     @property
     def is_stopping_soon(self) -> bool:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
-        reloaded = self.replacement is not None or self.removal_error is not None
-        return self.unload_by is not None or reloaded
+        return self.replacement is not None or self.unload_by is not None
+
+    def serves(self, ticket: Ticket) -> bool:
+        """Whether it is loaded or loads, and serves the ticket before it goes."""
+        is_up = self.state in (State.LOADING, State.LOADED)
+        is_younger = self.drains_for and self.drains_for.number < ticket.number
+        return is_up and not (is_younger or self.is_stopping_soon)
 
     def usage(self) -> ModelUsage:
         """What it takes of the limits now."""
@@ -1781,14 +1688,8 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
-        if self.keep_loaded_at < math.inf:
-            self.keep_loaded_at = -math.inf
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
-            self.keep_loaded_at = -math.inf
+        self.failures = 0
+        self.retry_at = self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1806,9 +1707,10 @@ class ModelState:
         return max(MIN_RETURN_GAP, 2 * max(short))
 
     def unload_at(self) -> float:
-        """When its idle time ends; inf: it is in use, or never unloads."""
+        """When its idle time ends; inf: it loads, is in use, or never unloads."""
+        is_in_use = self.in_flight or self.waiting or self.preemptible
         is_exempt = self.spec.is_pinned or self.spec.keep_loaded
-        if self.in_flight or self.waiting or self.preemptible or is_exempt:
+        if is_in_use or is_exempt or self.state is State.LOADING:
             return math.inf
         if self.idle_timeout is not None:
             return self.idle_since + self.idle_timeout
@@ -1859,6 +1761,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
@@ -1866,21 +1769,17 @@ class Scheduler:
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
-        self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
 
-    def submit(
-        self, name: str, now: float, preemptible=False, manual=False, load_refusal=None
-    ) -> Ticket:
-        """Queue a request for the model; the next `decide` may grant or refuse it."""
+    def submit(self, name: str, now: float, **kind) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it. For
+        its `kind` see Ticket."""
         model = self.models[name]
-        model.resume_keep_loaded()
-        self.resume_keep_loaded()
-        number = next(self._numbers)
-        ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
-        if manual:
+        model.is_released = self.is_keep_loaded_paused = False
+        ticket = Ticket(next(self._numbers), model, now, **kind)
+        if ticket.manual:
             model.reset_failures()
         else:
             model.record_arrival(now)
@@ -1902,24 +1801,16 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
-    def pause_keep_loaded(self):
-        """keep_loaded has no effect until the next request, or `resume_keep_loaded`."""
-        self._is_keep_loaded_paused = True
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again."""
-        self._is_keep_loaded_paused = False
-
-    def choose(self, names: Sequence[str]) -> Optional[str]:
+    def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
-        loaded, or None if a reload has removed all of them."""
-        models = [self.models[name] for name in names if name in self.models]
+        loaded."""
+        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
             for model in models:
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
-                    return model.name
-        return models[0].name if models else None
+                    return model
+        return models[0]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -1947,8 +1838,7 @@ class Scheduler:
                     # its next request is no quick return: a client that alternates
                     # between both models may have caused this load
                     victim.evicted_for = None
-                    if victim.pause_began is not None:
-                        victim.record_arrival(math.inf)
+                    victim.record_arrival(math.inf)
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
@@ -1956,12 +1846,11 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
-            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.is_released = False
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
@@ -1986,24 +1875,22 @@ class Scheduler:
         A load that ran out of memory beside other models is retried once, after the
         least recently used of them has stopped: then its name is returned.
         """
-        model = self._current(name, run)
-        victim = None
+        model, victim = self._current(name, run), None
         if model is None:
             return None
-        if model.state is State.UNLOADING and model.stop_cause != "crashed":
+        if model.stop_cause:  # it was told to stop
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
             victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
-                self.refuse_waiting(name, failure)
+                self._refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            moment = model.ready_at + MAX_BACKOFF
-            model.keep_loaded_at = max(model.keep_loaded_at, moment)
+            model.keep_loaded_at = model.ready_at + MAX_BACKOFF
         else:  # stopped by other means than llmswap
-            model.keep_loaded_at = math.inf
+            model.is_released = True
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2011,11 +1898,7 @@ class Scheduler:
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
-        is_wanted = any(
-            ticket.model is model and not ticket.load_refusal
-            for ticket in self._queue.values()
-        )
-        if not (is_first and model.needs_room and is_wanted):
+        if not (is_first and model.needs_room and model.waiting):
             return None
         candidates = (each for each in self.held.values()
                       if each is not model and self._is_evictable(each))
@@ -2027,9 +1910,7 @@ class Scheduler:
         Needs of a running model grow only as far as the budget has room beside all
         others. Call it again when one of those has exited.
         """
-        model = self.models.get(name)
-        if model is None:
-            return
+        model = self.models[name]
         if model.replacement is not None:
             model.replacement = model.replacement._replace(needs=needs)
             return
@@ -2044,10 +1925,8 @@ class Scheduler:
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
-        model = self.models.get(name)
-        if model is None or model.run != run or not model.is_held:
-            return None
-        return model
+        model = self.models[name]
+        return model if model.run == run and model.is_held else None
 
     def _end_run(self, model):
         """Reset the state of the run; a reload that waited for it takes effect."""
@@ -2056,9 +1935,7 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
-        if model.removal_error is not None:
-            del self.models[model.name]
-        elif model.replacement is not None:
+        if model.replacement is not None:
             model.spec, model.replacement = model.replacement, None
             model.reset_failures()
 
@@ -2070,19 +1947,19 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_loaded_at = math.inf
+        self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self.pause_keep_loaded()
+        self.is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
     def _unload(self, name, now, problem):
         model = self.models[name]
-        self.refuse_waiting(name, problem)
+        self._refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
             model.unload_by = now + model.spec.stop_timeout
         return model.is_held
@@ -2092,35 +1969,30 @@ class Scheduler:
         limits: Limits,
         specs: Mapping[str, ModelSpec],
         changed: Sequence[str],
-        removal_error: Callable[[str], APIError],
     ):
         """Take over a new configuration.
 
-        Backends in `changed` drain and are replaced, those not in `specs` drain and
-        stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
+        Backends in `changed` drain and are replaced. Those not in `specs` drain and
+        stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        for name, model in list(self.models.items()):
-            if name not in specs:
-                model.removal_error, model.replacement = removal_error(name), None
-                self.refuse_waiting(name, model.removal_error)
-                if not model.is_held:
-                    del self.models[name]
+        for name in self.models.keys() - specs.keys():
+            problem = ModelNotFound(f"{name!r} is no longer in the configuration")
+            specs = {**specs, name: ModelSpec(problem=problem)}
+            changed = [*changed, name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
-            is_replaced = model.replacement or model.removal_error
-            if model.is_held and (name in changed or is_replaced):
-                model.replacement, model.removal_error = spec, None
+            if model.is_held and (name in changed or model.replacement):
+                model.replacement = spec
             else:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.is_released = False
             if model.is_pinned:
                 model.drains_for = None
 
-    def refuse_waiting(self, name: str, problem: APIError):
-        """Refuse every ticket that waits for the model."""
+    def _refuse_waiting(self, name, problem):
         for ticket in list(self._queue.values()):
             if ticket.model.name == name:
                 self._refuse(ticket, problem)
@@ -2128,11 +2000,6 @@ class Scheduler:
     def close(self, problem: APIError):
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
-
-    def stop_all(self):
-        """Stop every backend now, in use or not."""
-        for model in self.held.values():
-            model.unload_by = -math.inf
 
     # -- counts ----------------------------------------------------------------------
 
@@ -2150,17 +2017,27 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
+
+        def changes(step):
+            before = self._count_changes()
+            step(now)
+            return self._count_changes() != before
+
         steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(step(now) for step in steps):
+        while any(map(changes, steps)):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
-        """Walk the queue once; return whether anything changed."""
+        """Walk the queue once."""
         self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
@@ -2171,7 +2048,6 @@ class Scheduler:
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2189,59 +2065,42 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != self._count_changes()
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
         model, limit = ticket.model, ticket.model.spec.concurrency
-        if model.state is not State.LOADED or model.is_stopping_soon:
-            return False
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or is_younger:
+        is_ready = model.state is State.LOADED and model.serves(ticket)
+        if not is_ready or self._closing_error or model.spec.problem:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
-        if self._closing_error or model.removal_error:
-            return self._closing_error or model.removal_error
+        problem = self._closing_error or (model.replacement or model.spec).problem
+        if problem:
+            return problem
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        is_up = model.state in (State.LOADING, State.LOADED)
-        if not is_up or model.is_stopping_soon or is_younger:
-            if ticket.load_refusal:
-                return ticket.load_refusal
+        if ticket.load_refusal and not model.serves(ticket):
+            return ticket.load_refusal
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        needed = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        is_hindered = pins and model.is_down and model.needs_room
+        if is_hindered and not self.limits.allow(needed):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unloading by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda unloaded: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in unloaded)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2282,7 +2141,7 @@ class Scheduler:
             self._start(model, now, ticket)
         elif is_full or self._awaits_retry(ticket):
             return
-        elif not self._fits(wanted, self._stopping.keys()):
+        elif not self._fits(wanted, self._stopping):
             self._evict(ticket, wanted, now)
         elif self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
@@ -2310,8 +2169,7 @@ class Scheduler:
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        if ticket:
-            self._spare_victims(ticket)
+        self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2334,9 +2192,9 @@ class Scheduler:
         if victims is None:
             return  # a pinned or reserved model is in the way
         moment = max(self._evictable_at(ticket, victim, now) for victim in victims)
-        gone_by_then = (m for m, at in self._stopping.items() if at <= moment)
+        stopped_by_then = (m for m, at in self._stopping.items() if at <= moment)
         demand = {ticket.model.name: wanted[ticket.model.name]}
-        if not self._fits(demand, victims.union(gone_by_then)):
+        if not self._fits(demand, victims.union(stopped_by_then)):
             moment = max([moment, *self._stopping.values()])
         self._stopping.update(dict.fromkeys(victims, moment))
         if moment > now:
@@ -2366,27 +2224,24 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return whether it
-        did. A later ticket that needs the room stops such a load at once."""
-        if self._queue or self._closing_error or self._is_keep_loaded_paused:
-            return False
-        wanted = [model for model in self.models.values() if model.spec.keep_loaded]
-        for model in wanted:
+        """If no ticket waits, start the keep_loaded models that fit. A later ticket
+        that needs the room stops such a load at once."""
+        if self._queue or self._closing_error or self.is_keep_loaded_paused:
+            return
+        for model in self.models.values():
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
-            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
-            if not (is_missing and model.is_down):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
+            wanted = {model.name: model.usage_when_loaded()}
+            if is_wanted and is_missing and self._fits(wanted):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
-                    return True
-                self._look_again_at(moment)
-        return False
+                else:
+                    self._look_again_at(moment)
 
     def _stop_models(self, now):
-        """Stop every model that has drained or idled long enough; return if any."""
-        before = len(self._decisions)
+        """Stop every model that has drained or idled long enough."""
         for model in self.held.values():
             cause, moment = self._stop_due(model)
             if now < moment:
@@ -2401,23 +2256,21 @@ class Scheduler:
             model.stop_cause = "sleep" if to_sleep else cause
             stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
             self._decisions.append(stop)
-        return len(self._decisions) != before
 
     def _stop_due(self, model):
         """Return why the model is to be stopped, and when; inf: not for now."""
-        is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
             return None, math.inf
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
-            by = -math.inf if is_loading else min(model.unload_by, once_drained)
-            return cause, by
+            return cause, min(model.unload_by, once_drained)
         if model.is_stopping_soon:
             return "reload", once_drained
         if model.drains_for:
+            is_loading = model.state is State.LOADING
             return "abandoned" if is_loading else "evicted", once_drained
-        return "idle", math.inf if is_loading else model.unload_at()
+        return "idle", model.unload_at()
 
 
 # ==================================================================================
@@ -4632,22 +4485,20 @@ class Pool:
         self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
-        self._timer = threading.Condition(self._lock)  # the next deadline came nearer
+        self._timer = threading.Condition(self._lock)  # its moment came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
-        self._next_deadline = self._timer_at = math.inf
+        self._timer_at = math.inf  # when the timer decides again
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._specs = self._find_specs()
-        self._scheduler = Scheduler(limits, self._specs)
+        self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
-        self._adoption = None
         self._last_request_at = clock()
 
     def start(self):
@@ -4655,12 +4506,10 @@ class Pool:
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        with self._lock:
-            self._scheduler.pause_keep_loaded()  # load-on-startup comes first
+        self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
-        self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_TIMEOUT)
+        start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
         models = self.config.models.values()
         wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
@@ -4676,25 +4525,21 @@ class Pool:
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
         with self._event():
-            self._scheduler.resume_keep_loaded()
+            self._scheduler.is_keep_loaded_paused = False
 
     def _adopt_units(self):
         """Adopt the units that run already."""
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            running -= {each.model.settings.unit for each in self._backends.values()}
             for name, model in self.config.models.items():
-                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
-                is_down = scheduled is not None and not scheduled.is_held
-                if unit not in running or model.problem or not is_down:
-                    continue
-                if self._is_closed:
-                    return
-                self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name, self._scheduler.adopted(name, now))
-                backend.adopt()
-                running.discard(unit)
+                unit = model.settings.unit
+                owned = {each.model.settings.unit for each in self._backends.values()}
+                is_free = unit in running - owned and name not in self._backends
+                if is_free and not (model.problem or self._is_closed):
+                    self._log("info", f"{name}: {unit} runs already")
+                    run = self._scheduler.adopted(name, now)
+                    self._new_backend(name, run).adopt()
 
     # -- requests --------------------------------------------------------------------
 
@@ -4729,12 +4574,9 @@ class Pool:
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
+            name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
-            ticket = self._scheduler.submit(scheduled.name, now, **kind)
+            ticket = self._scheduler.submit(name, now, **kind)
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
@@ -4745,7 +4587,7 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
@@ -4756,50 +4598,30 @@ class Pool:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-
-        def is_over():
-            if self._is_closed:
-                raise ShuttingDown("llmswap is shutting down")
-            return disconnected()
-
-        _await_result(outcome, is_over)
+        problem = _await_result(outcome, disconnected)
+        if problem:
+            raise problem.with_traceback(None)  # other threads raise the same one
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
         try:
             check_start(model)
             self._estimate(model)
-        except LoadFailed as error:
-            problem = error.with_traceback(None)
-            self._log("error", f"{model.name} could not be started: {problem}")
-        except Exception as error:  # a bug, or no descriptor is left
+        except Exception as error:  # also a bug, or no descriptor is left
             problem = error
         with self._lock:
             del self._preparations[model.name]
-            if isinstance(problem, LoadFailed) and not scheduled.is_held:
-                scheduled.last_failure = problem
-        if problem:
-            outcome.set_exception(problem)
-        else:
-            outcome.set_result(None)
-
-    def _scheduled(self, model):
-        """Return the ModelState that serves this model now; raise ModelNotFound if a
-        reload removed it. The lock is held."""
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            raise _removed(model.name)
-        return self._scheduler.models[name]
-
-    def resume_keep_loaded(self):
-        """A request was refused because its model is not loaded: see Scheduler."""
-        with self._event():
-            self._scheduler.resume_keep_loaded()
+            if isinstance(problem, LoadFailed):
+                self._log("error", f"{model.name} could not be started: {problem}")
+                if not scheduled.is_held:
+                    scheduled.last_failure = problem
+        outcome.set_result(problem)
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
+            name = self._scheduler.choose(model.backends).name
+            self._scheduler.keep_alive(name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -4812,11 +4634,11 @@ class Pool:
         return True
 
     def unload(self, model: Model) -> bool:
-        """Begin to unload the model: False if there is nothing to unload. Raise
-        ModelNotFound if a reload has removed it."""
+        """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            return self._scheduler.unload(self._scheduled(model).name, now, problem)
+            name = self._scheduler.choose(model.backends).name
+            return self._scheduler.unload(name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -4842,20 +4664,16 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            for name in self._entries.keys() - unchanged:
-                del self._entries[name]
+            entries = self._entries.items()
+            self._entries = {name: row for name, row in entries if name in unchanged}
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits, self._specs = limits_of(config, budget), self._find_specs()
-            self._scheduler.configure(limits, self._specs, changed, _removed)
-            for model in config.models.values():
-                if model.problem:
-                    reason = ModelMisconfigured(model.problem)
-                    self._scheduler.refuse_waiting(model.name, reason)
+            limits = limits_of(config, budget)
+            self._scheduler.configure(limits, self._find_specs(), changed)
         self._contexts.configure(config)
-        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
@@ -4880,9 +4698,8 @@ class Pool:
     def _estimate(self, model):
         """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
-            with self._lock:
-                self._refresh_specs()
-                self._schedule()
+            with self._event():
+                self._update_needs()
 
     def _find_specs(self):
         """Return the specs of all models, with the needs known now."""
@@ -4903,43 +4720,37 @@ class Pool:
                 concurrency=model.settings.concurrency,
                 idle_timeout=model.settings.idle_timeout,
                 stop_timeout=model.settings.stop_timeout,
+                problem=model.problem and ModelMisconfigured(model.problem),
             )
             for name, model in self.config.models.items() if model.backends == (name,)
         }
 
-    def _refresh_specs(self):
-        """Use the needs known now. The lock is held."""
-        self._specs = self._find_specs()
-        self._update_needs()
-
     def _update_needs(self):
-        """Tell the Scheduler the needs of models that are measured or estimated."""
-        for name, spec in self._specs.items():
+        """Tell the Scheduler the needs that are measured or estimated, as known now.
+        The lock is held."""
+        for name, spec in self._find_specs().items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
     def _measure_loop(self):
         """Measure whenever a model has been loaded, and then once a minute."""
+        interval = None
         while not self._is_closed:
-            with self._lock:
-                backends = self._measured_backends()
-            self._has_loaded.wait(MEASURE_INTERVAL if backends else None)
+            self._has_loaded.wait(interval)
             self._has_loaded.clear()
-            self._measure()
-
-    def _measured_backends(self):
-        """Return the loaded backends whose needs are measured. The lock is held."""
-        held = self._scheduler.held.values()
-        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
-        return [backend for backend in loaded if backend.model.has_auto_needs]
+            interval = MEASURE_INTERVAL if self._measure() else None
 
     def _measure(self):
-        """Measure the memory of these backends and learn their needs."""
+        """Measure the memory of the loaded backends with `auto` needs, and learn these;
+        False if there are none."""
         with self._lock:
-            backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
+            loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        backends = [backend for backend in loaded if backend.model.has_auto_needs]
+        if not backends:
+            return False
         is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
-        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
+        on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
@@ -4947,16 +4758,17 @@ class Pool:
                 left = machine_budget().get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
-        with self._lock:
+        with self._event():
             if is_alone and len(self._scheduler.held) > 1:
-                return
-            for backend in self._measured_backends():
+                return True
+            for backend in taken.keys() & self._runs.keys():
                 peak = self._runs[backend].peak
-                for name, amount in taken.get(backend, {}).items():
+                for name, amount in taken[backend].items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
-            self._schedule()
+            self._update_needs()
         self._needs.save()
+        return True
 
     def _learn(self, backend, is_over):
         model, run = backend.model, self._runs[backend]
@@ -4965,8 +4777,7 @@ class Pool:
             amount > self.budget[name] for name, amount in amounts.items()
         )
         was_squeezed = run.had_neighbours or is_too_large
-        if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._refresh_specs()
+        self._needs.learn(model, run.peak, was_squeezed, is_over)
 
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
@@ -4982,16 +4793,14 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._refresh_specs()
 
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
         """Return the backend of the model, which may exit at any time, or None; also
-        None if it is in none of the given states, or about to stop. Raise ModelNotFound
-        if a reload has removed the model."""
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
@@ -5021,11 +4830,8 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            return ModelStatus(model.name, kind=model.kind)  # a reload has removed it
-        now, scheduled = self._clock(), self._scheduler.models[name]
-        state, changed_at = scheduled.state, scheduled.changed_at
+        now, scheduled = self._clock(), self._scheduler.choose(model.backends)
+        name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5069,7 +4875,7 @@ class Pool:
         """Return how many models there are and are held, and requests run and wait."""
         with self._lock:
             return {
-                "models": len(self._scheduler.models),
+                "models": len(self.config.models),
                 "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
@@ -5129,9 +4935,8 @@ class Pool:
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
-            server = self._scheduler.choose(model.backends) if model else None
-            if server and speed is not None:
-                self._speeds[server] = speed
+            if model and speed is not None:
+                self._speeds[self._scheduler.choose(model.backends).name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5154,24 +4959,24 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
-            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+        methods = {
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
+        }
+        decisions = True
+        while decisions:  # a start that fails at once may cause others
+            decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                if isinstance(decision, Start):
-                    has_failed |= not self._start(decision)
-                elif isinstance(decision, Stop):
-                    self._stop(decision)
-                elif isinstance(decision, Grant):
-                    ticket = decision.ticket
-                    ticket.waiter.set_result(self._backends[ticket.model.name])
-                else:
-                    self._refuse(*decision)
+                methods[type(decision)](*decision)
         self._revise()
-        if self._next_deadline < self._timer_at:
-            self._timer_at = self._next_deadline
+        if deadline < self._timer_at:
+            self._timer_at = deadline
             self._timer.notify()
+
+    def _grant(self, ticket):
+        ticket.waiter.set_result(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
         ticket.waiter.set_exception(problem)
@@ -5182,26 +4987,21 @@ class Pool:
         """Decide again at each deadline."""
         with self._lock:
             while not self._is_closed:
-                self._timer_at = self._next_deadline
                 seconds = max(0.0, self._timer_at - self._clock())
                 self._timer.wait(min(seconds, MAX_DURATION))
+                self._timer_at = math.inf
                 self._schedule()
 
-    def _start(self, decision):
-        """Start or wake a backend; return whether it could be started."""
-        name = decision.name
-        self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
+    def _start(self, name, run, is_wake):
+        self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        if decision.is_wake:
-            self._backends[name].wake()
-            return True
+        if is_wake:
+            return self._backends[name].wake()
         try:
-            self._new_backend(name, decision.run).start()
-            return True
+            self._new_backend(name, run).start()
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
-            self._record_exit(name, decision.run, problem)
-            return False
+            self._record_exit(name, run, problem)
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5221,16 +5021,15 @@ class Pool:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
-    def _stop(self, decision):
-        name, cause = decision.name, decision.cause
+    def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
-        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
+        self._stop_reasons[name] = STOP_REASONS[cause].format(newcomer)
         reason = "by hand" if cause == "unload" else cause
-        if decision.newcomer:
-            reason += f" for {decision.newcomer}"
-        action = "going to sleep" if decision.to_sleep else "unloading"
+        if newcomer:
+            reason += f" for {newcomer}"
+        action = "going to sleep" if to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        if decision.to_sleep:
+        if to_sleep:
             self._backends[name].sleep()
         else:
             self._backends[name].stop()
@@ -5252,8 +5051,8 @@ class Pool:
         run = self._runs[backend]
         if seconds >= run.next_load_line:
             run.next_load_line = seconds + LOAD_LINE_EVERY
-            share, why = percent(backend.progress), backend.refusal
-            why = f" ({why})" if why else ""
+            why = f" ({backend.refusal})" if backend.refusal else ""
+            share = percent(backend.progress)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s{why}")
 
     def on_loaded(self, backend):
@@ -5268,7 +5067,6 @@ class Pool:
                 self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
-            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
         self._log("info", f"{name}: {took} ({backend.location})")
@@ -5301,8 +5099,7 @@ class Pool:
         self._needs.save()
         is_unit = backend.model.kind == "unit" and not self._is_closed
         if is_unit and problem is None and backend.died(0):
-            # somebody may have restarted it
-            self._adoption = start_thread(self._adopt_units, "units")
+            start_thread(self._adopt_units, "units")  # if somebody restarted it
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""
@@ -5354,30 +5151,25 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends in parallel and wait for their end."""
-        with self._event() as now:
-            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
+        problem = ShuttingDown("llmswap is shutting down")
+        with self._event():
+            self._scheduler.close(problem)
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
-            deadline = now + grace
         with self._event():
-            while self._scheduler.in_flight and self._clock() < deadline:
-                self._changed.wait(deadline - self._clock())
-            self._scheduler.stop_all()
+            self._changed.wait_for(lambda: not self._scheduler.in_flight, grace)
+            self._scheduler.unload_all(-math.inf, problem)  # at once
             for backend in self._backends.values():
                 backend.stop()  # also one that is falling asleep
         with self._lock:
-            while self._backends:
-                self._changed.wait()
-        if self._adoption:
-            self._adoption.join(2 * POLL_INTERVAL)
+            self._changed.wait_for(lambda: not self._backends)
         self._guard.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
         with self._event():
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -5397,13 +5189,11 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=POLL_INTERVAL)
-        if not future.done() and disconnected():
+    while not (future.done() or concurrent.futures.wait([future], POLL_INTERVAL).done):
+        if disconnected():
             raise ClientDisconnected
-    problem = future.exception()
-    if problem is not None:
-        raise problem.with_traceback(None)  # other threads raise the same one
+    if future.exception():
+        raise future.exception().with_traceback(None)  # other threads raise the same
     return future.result()
 
 
@@ -5412,10 +5202,6 @@ def address_of(model: Model) -> Dict[str, int]:
     the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
-
-
-def _removed(name):
-    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
@@ -5476,6 +5262,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 Headers = List[Tuple[str, str]]
 
 
@@ -5507,10 +5294,8 @@ class StallMonitor:
 
 
 class SocketReader:
-    """Reads one connection through a buffer. One thread uses it.
-
-    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
-    """
+    """Reads one connection through a buffer, on one thread. `on_timeout()` is called
+    whenever POLL_INTERVAL passes without a byte; it may raise."""
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
@@ -5546,27 +5331,25 @@ class SocketReader:
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
         Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
-        data, end, received = b"", -1, 0
-        while end < 0:
+        data, received = b"", 0
+        while True:
             searched = max(0, len(data) - 3)
             piece = self.recv()
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
-            end = data.find(b"\r\n\r\n", searched)
-            if data.startswith(b"\x16\x03"):  # as a client of https does
-                raise SpokenTLS("this is plain HTTP: use http://, not https://")
             received += len(piece)
-            unused = len(data) - end - 4 if end >= 0 else 0
-            if received - unused > MAX_HEAD:
+            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
+            lines, blank_line, rest = data.partition(b"\r\n\r\n")
+            if received - len(rest) > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
-            if end < 0:
-                if _ILLEGAL_IN_HEAD.search(data, searched):
-                    raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
-                self.on_timeout()  # limits a head that is sent byte by byte, too
-        self.buffer = data[end + 4 :] + self.buffer
-        return data[: end + 4]
+            if blank_line:
+                self.buffer = rest + self.buffer
+                return lines + blank_line
+            if _ILLEGAL_IN_HEAD.search(data, searched):
+                text = "this is not HTTP/1 in lines that end with CRLF"
+                raise BadRequest(f"{text}; use http://, not https://")
+            self.on_timeout()  # limits a head that is sent byte by byte, too
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
@@ -5594,7 +5377,6 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
 _STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
@@ -5684,17 +5466,12 @@ class Request(MessageHead):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_asterisk = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_asterisk:
-            url = _ABSOLUTE_FORM.fullmatch(self.target)
-            if not url or url[1].lower() != self.get("host").lower():
-                raise BadRequest("the target must be a path, or a URL of this host")
-            self.target = (url[2] or "/") + (url[3] or "")
+        if not self.target.startswith("/"):  # no proxy's URL, no asterisk
+            raise BadRequest("the target must be a path")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
-        is_websocket = self.get("upgrade").lower() == "websocket"
-        is_upgrade = "upgrade" in self.connection and is_websocket
-        self.is_upgrade = is_upgrade and self.method == "GET"
+        is_asked = "upgrade" in self.connection and self.method == "GET"
+        self.is_upgrade = is_asked and self.get("upgrade").lower() == "websocket"
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
@@ -5757,14 +5534,12 @@ class Body:
         self._limit = limit
         self._pieces = read_payload(reader, request)
         self.length = request.length
-        coding = request.get("content-encoding").lower()
-        self.coding = "" if self.length == 0 else coding
-        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        self.coding = request.get("content-encoding").lower()
+        if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
-        expected = request.get("expect").lower()
-        self._expects = expected == "100-continue" and not request.is_http_10
+        self._expects = request.get("expect").lower() == "100-continue"
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -5783,12 +5558,11 @@ class Body:
 
     def decode(self):
         """Undo its content coding if it has one; then all of it is read."""
-        if self.coding in ("", "identity"):
+        if not self.coding:
             return
         self.hold(sys.maxsize)
         data = bytes(self.held)
-        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        decoder = zlib.decompressobj(-15 if is_raw else 47)  # 47: of zlib or gzip
+        decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
         try:
             self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
@@ -5831,53 +5605,44 @@ class RequestInfo(NamedTuple):
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
     members: Mapping[str, object] = {}
-    is_json: bool = False
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Return the model that the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, a body that is neither JSON nor a form is not read, and a form no further
-    than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
-    UnsupportedCoding, RequestTimeout, ClientDisconnected.
+    needed, another body is not read, and a form no further than SMALL_BODY. Raise
+    BadRequest and what reading a Body may raise.
     """
     body.decode()
     body.hold(1)
-    is_form = content_type.lower().startswith("multipart/form-data")
-    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if not (is_form or is_object or is_needed):
-        return RequestInfo()
-    size = SMALL_BODY if is_form else sys.maxsize
-    find = _find_in_form if is_form else _find_in_json
-    while True:
-        is_whole = body.hold(size)
-        try:
-            info = find(body.held, content_type)
-        except BadRequest:
-            if is_needed:
-                raise
-            return RequestInfo()
-        if is_whole or info.model is not None or not is_needed:
-            return info
+    if not content_type.lower().startswith("multipart/form-data"):
+        return _find_in_json(body, is_needed)
+    size, is_whole, info = SMALL_BODY, False, RequestInfo()
+    while not is_whole and info.model is None:
+        is_whole = body.hold(size) or not is_needed
+        info = _find_in_form(body.held, content_type)
         size *= 4
+    return info
 
 
 _LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
 
 
-def _find_in_json(data, _content_type):
-    if not data:
+def _find_in_json(body, is_needed):
+    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
+    if not (is_object or is_needed and body.held):
         return RequestInfo()
+    body.hold(sys.maxsize)
     try:
-        members = _LENIENT.decode(str(data, "utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(members, dict):
-        raise BadRequest("the body is not a JSON object")
-    model = members.get("model")
+        members = _LENIENT.decode(str(body.held, "utf-8-sig"))
+        model = members.get("model")
+    except MALFORMED as error:
+        if is_needed:
+            raise BadRequest(f"the body is not a JSON object: {error}") from None
+        return RequestInfo()
     model = model if isinstance(model, str) else None
-    return RequestInfo(model, members=members, is_json=True)
+    return RequestInfo(model, members=members)
 
 
 _BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
@@ -5929,6 +5694,11 @@ def to_json(value) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
+def as_event(value) -> bytes:
+    """Return a server-sent event with this value as JSON."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
 CONTROL_CHARS = re.compile(
     "[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -5937,16 +5707,10 @@ CONTROL_CHARS = re.compile(
 # -- the answer, read from the backend -------------------------------------------------
 
 
-class Truncated(Exception):
-    """The backend's answer broke off before its end, or is not HTTP."""
-
-
 class UpstreamResponse(MessageHead):
     """A backend's final answer: the constructor reads its head, `pieces` its payload.
-
-    `length` is that of the head, even if `method` is HEAD and no payload follows.
-    Raise Truncated, OSError.
-    """
+    `length` is that of the head, even if `method` is HEAD and no payload follows. Raise
+    BackendDied, OSError."""
 
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
@@ -5956,11 +5720,11 @@ class UpstreamResponse(MessageHead):
             while self.status < 200 and self.status != 101:
                 raw = self.reader.head()
                 if not raw:
-                    raise Truncated("it closed the connection")
+                    raise BackendDied("it closed the connection")
                 super().__init__(raw, _STATUS_LINE, None)
                 self.status = int(self.start[2])
         except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
+            raise BackendDied(f"its answer is not HTTP: {error}") from None
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -5970,13 +5734,13 @@ class UpstreamResponse(MessageHead):
 
     def pieces(self) -> Iterable[bytes]:
         """Yield the payload as it arrives, of an event stream only whole chunks, so
-        that it breaks off between events. Raise Truncated if it ends too early."""
+        that it breaks off between events. Raise BackendDied if it ends too early."""
         held_back = SMALL_BODY if self.is_event_stream else 0
         try:
             if self._has_payload:
                 yield from read_payload(self.reader, self, held_back)
         except (OSError, EOFError, BadRequest) as error:
-            raise Truncated(str(error)) from None
+            raise BackendDied(f"the backend broke off: {error}") from None
         if not self.ends_with_connection:
             self.is_reusable = self.is_persistent and not self.reader.buffer
 
@@ -5994,7 +5758,7 @@ class ClientResponse:
     is_early = False  # the head was sent before the backend's was known
     progress_event = None  # after an early head: returns one, or b"" for a comment
     first_at = None  # when the first piece of payload was sent
-    problem = None  # why the response broke off
+    problem = None  # why it is an error or broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
@@ -6009,7 +5773,7 @@ class ClientResponse:
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         left = ClientDisconnected()
-        self._stall = StallMonitor(STALL_SECONDS, left, self._check_reading)
+        self._stall = StallMonitor(STALL_SECONDS, left, self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -6027,17 +5791,17 @@ class ClientResponse:
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
-    def answer(self, status: int, headers: Headers, payload: bytes):
-        """Send a whole response."""
-        self.start(status, headers, len(payload))
+    def answer(self, payload: bytes, status=200, *headers: Tuple[str, str]):
+        """Send a whole response of our own."""
+        self.start(status, [*headers, SERVER_HEADER], len(payload))
         self.send(payload)
         self.end()
 
-    def start_events(self, *more: Tuple[str, str]):
-        """Begin a stream of events of our own, which a backend's may continue; `more`
-        are further headers."""
-        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.start(200, [*headers, ("x-accel-buffering", "no"), *more], None)
+    def start_stream(self, content_type="text/event-stream"):
+        """Begin a stream of our own; a backend's events may continue one of events."""
+        headers = [("content-type", content_type), ("cache-control", "no-cache")]
+        headers += [("x-accel-buffering", "no"), SERVER_HEADER]
+        self.start(200, headers, None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6077,7 +5841,7 @@ class ClientResponse:
         self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
-        except OSError:
+        except (OSError, RequestCancelled):  # no reason can be sent in mid-piece
             raise ClientDisconnected from None
 
     def heartbeat(self):
@@ -6090,45 +5854,41 @@ class ClientResponse:
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
             self.is_early = True
-            self.start_events()
+            self.start_stream()
         event = b":\n\n" if is_due else b""
         if self.progress_event and self.is_early and not self.sent:
             event = self.progress_event() or event
         if event and self._is_between_events():
             self._put_framed(event)
 
-    def _check_reading(self):
-        """Raise ClientDisconnected if the request of a client that does not read was
-        cancelled."""
-        if self.is_cancelled:
-            raise ClientDisconnected
-
     def check_cancelled(self):
-        """Raise RequestCancelled, once, if the request was cancelled."""
+        """Raise RequestCancelled if the request was cancelled."""
         if self.is_cancelled:
-            self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
-        is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-        return self._is_events and is_complete
+        return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    def error_event(self, body: dict) -> bytes:
+    def _error_event(self, body):
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
-            return b"data: " + to_json(body) + b"\n\n"
-        return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
+            return as_event(body)
+        return b"event: error\n" + as_event({"type": "error", **body})
 
-    def abort(self, problem: APIError):
+    def abort(self, problem: APIError, body: Optional[dict] = None):
         """End a response that broke off so that the client notices: between two events
-        by an event, without a length or chunks by a reset."""
+        by an event, `body` or the problem's, and then by a cut, or without a length or
+        chunks by a reset. After an early head alone it ends as a whole one does."""
+        self.problem = problem
+        has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self.error_event(error_body(problem)))
+                self.send(self._error_event(body or error_body(problem)))
+            if self.is_early and not has_payload:
+                return self.end()
             self.flush()
         self.is_persistent = False
-        self.problem = problem
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -6166,8 +5926,8 @@ def relay(
     the client was sent an early head at most.
     """
     upstream, path = backend.upstream, outgoing.target.partition("?")[0]
-    if upstream.base_path and _PATH_TRAVERSAL.search(path):
-        raise BadRequest("the path must not lead out of the model server's own path")
+    if upstream.base_path and ".." in urllib.parse.unquote(path):
+        raise BadRequest("a path below the model server's own must not contain '..'")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
     try:
         answer = _ask(outgoing, upstream, monitor)
@@ -6190,9 +5950,6 @@ def relay(
             upstream.drop(answer.reader.sock)
 
 
-_PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
-
-
 def _ask(outgoing, upstream, monitor):
     """Send the request; return the answer, of which only the head was read. As the
     backend may have closed a kept connection, none is used for a body that can be sent
@@ -6210,11 +5967,11 @@ def _ask(outgoing, upstream, monitor):
             _send(outgoing, upstream, sock, monitor)
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
-                raise Truncated("it switched protocols unasked")
+                raise BackendDied("it switched protocols unasked")
             return answer
         except BaseException as error:
             upstream.drop(sock)
-            if not isinstance(error, (OSError, Truncated)):
+            if not isinstance(error, (OSError, BackendDied)):
                 raise
             if not (was_used and reader.is_untouched):
                 raise BackendDied(f"the backend gave no answer: {error}") from None
@@ -6242,14 +5999,13 @@ def _send(outgoing, upstream, sock, monitor):
         pass  # it may have answered before it read everything
 
 
-_LINE_ENDS = (b"", b"\n", b"\r")
-
-
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
+    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
+    if answer.is_event_stream and not answer.get("x-accel-buffering"):
+        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     if not response.is_early:
-        length = None if transform else answer.length
-        response.start(answer.status, _response_headers(answer), length)
+        response.start(answer.status, headers, None if transform else answer.length)
     problem, last = None, b""
     try:
         for piece in answer.pieces():
@@ -6261,11 +6017,11 @@ def _pass_on(answer, backend, response, transform):
                 response.send(ready)
             else:  # the client may leave, or need a comment, while events are held
                 response.heartbeat()
-        is_partial = answer.is_event_stream and last not in _LINE_ENDS
+        is_partial = answer.is_event_stream and last not in (b"", b"\n", b"\r")
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
-            raise Truncated("the connection ended in the middle of the answer")
-    except Truncated as error:
-        problem = BackendDied(f"the backend broke off: {error}")
+            raise BackendDied("the backend broke off: the connection ended early")
+    except BackendDied as error:
+        problem = error.with_traceback(None)  # its frames would keep this one
     if transform:
         response.send(transform.finish())
     if problem:
@@ -6275,36 +6031,30 @@ def _pass_on(answer, backend, response, transform):
         response.end()
 
 
-def _response_headers(answer):
-    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
-    if answer.is_event_stream and not answer.get("x-accel-buffering"):
-        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
-    return headers
-
-
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
-    payload, pieces = b"", answer.pieces()
-    with contextlib.suppress(Truncated, StopIteration):
-        while len(payload) <= SMALL_BODY:
-            payload += next(pieces)
+    payload = b""
+    with contextlib.suppress(BackendDied):
+        for piece in answer.pieces():
             response.check_cancelled()
+            payload += piece
+            if len(payload) > SMALL_BODY:
+                break
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
-    body = error_body(problem)
+    problem.status = max(400, answer.status)  # as it is counted
+    body = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else body
-    response.send(response.error_event(body))
-    response.end()
-    response.status, response.problem = answer.status, problem  # as it is counted
+        body = {"error": error} if isinstance(error, dict) else None
+    response.abort(problem, body)
 
 
 def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.start(101, _response_headers(answer) + upgrade, 0)
+    response.start(101, end_to_end(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -6319,9 +6069,7 @@ def _copy(source, target):
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
-    for reader in (source, target):
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(reader.sock, socket.SHUT_RDWR)
+    cut([source.sock, target.sock])
 
 
 # ==================================================================================
@@ -6338,9 +6086,7 @@ MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
-_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
-_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
+_ESCAPE = re.compile(r"(\\(?:u[\da-fA-F]{4}|[\"\\/nrt]))|\\(['`])|[\"\\]")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
 
@@ -6360,13 +6106,9 @@ def _scalar(text, is_cut=False):
 
 
 def _unescaped(raw):
-    """Return the string that is meant by `raw`, the text between quotes.
-
-    A backslash that begins no escape stands for itself, as in the regular expression
-    \\bx and the path C:\\new.
-    """
-    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
-    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    """Return the string that is meant by `raw`, the text between quotes. A backslash
+    that begins no escape stands for itself, as in the regular expression \\bx."""
+    text = _ESCAPE.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
     return json.loads(f'"{text}"', strict=False)
 
 
@@ -6488,7 +6230,7 @@ class _Reader:
         """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
         match = _REPEATED_QUOTES.match(text, self.at)
-        if match and (match[1] or self._may_end(match.end(), role)):
+        if match:
             return self._take(*match.span(match.lastindex), match.end())
         quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # open brackets of JSON within the string, as in {"
@@ -6512,12 +6254,10 @@ class _Reader:
         return _unescaped(raw)
 
     def _may_end(self, at, role):
-        """Whether JSON could go on at `at` after what `role` names: a "key", "string",
-        "bare" text or "scalar"."""
+        """Return whether JSON could go on at `at` after what `role` names: a "string",
+        "bare" text or a "scalar"."""
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
-        if role == "key":
-            return bool(_COLON.match(text, after))
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
@@ -6610,11 +6350,8 @@ def _read_object(text, at):
 
 
 def repair_arguments(text: str) -> str:
-    """Return the JSON text of the one object that `text` clearly means.
-
-    Valid JSON comes back as it is, and so does text that means no object or several.
-    The time it takes is linear in the length of any text.
-    """
+    """Return the JSON text of the one object that `text` clearly means. Valid JSON
+    stays as it is, and so does text that means no object or several."""
     with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
         try:
             _STRICT.decode(text)
@@ -6630,34 +6367,28 @@ _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 def _calls_in(payload):
     """Return [(key, object, name)] of the tool calls: object[name] is the text of the
-    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block)."""
-    calls = []
+    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block); and
+    {choice: finish reason} of the choices that end."""
+    calls, ends = [], {}
     for position, choice in enumerate(payload.get("choices") or ()):
+        index = choice.get("index", position)
         message = choice.get("delta" if "delta" in choice else "message") or {}
         for at, tool in enumerate(message.get("tool_calls") or ()):
             function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                key = choice.get("index", position), tool.get("index", at)
-                calls.append((key, function, "arguments"))
+                calls.append(((index, tool.get("index", at)), function, "arguments"))
+        if choice.get("finish_reason"):
+            ends[index] = str(choice["finish_reason"])
     delta = payload.get("delta") or {}
     if isinstance(delta.get("partial_json"), str):
         calls.append(((None, payload.get("index", 0)), delta, "partial_json"))
     for at, block in enumerate(payload.get("content") or ()):
         if block["type"] == "tool_use" and isinstance(block["input"], str):
             calls.append(((None, at), block, "input"))
-    return calls
-
-
-def _ends_in(payload):
-    """Return {choice: finish reason} of those that end; Anthropic's choice is None."""
-    ends = {}
-    for position, choice in enumerate(payload.get("choices") or ()):
-        if choice.get("finish_reason"):
-            ends[choice.get("index", position)] = str(choice["finish_reason"])
-    reason = (payload.get("delta") or payload).get("stop_reason")
+    reason = (delta or payload).get("stop_reason")
     if reason or payload.get("type") in ("content_block_start", "message_stop"):
         ends[None] = str(reason)
-    return ends
+    return calls, ends
 
 
 def _cut_off(calls, ends):
@@ -6668,15 +6399,13 @@ def _cut_off(calls, ends):
 
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
-
-    A body that needs no repair is returned as it is; a call that was cut off, too.
-    """
+    What needs no repair is returned as it is; a call that was cut off, too."""
     if not _TOOL_CALL.search(body):
         return body
     try:
         original, payload = json.loads(body), json.loads(body)
-        calls = _calls_in(payload)
-        cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+        calls, ends = _calls_in(payload)
+        cut = _cut_off([key for key, _, _ in calls], ends)
         for key, member, name in calls:
             if key not in cut:
                 member[name] = text = repair_arguments(member[name])
@@ -6731,9 +6460,7 @@ class RepairStream:
 
     def finish(self) -> bytes:
         """Return all that is held; a call that did not end is left as it is."""
-        rest = bytes(self._buffer)
-        is_json = rest.lstrip().startswith(b"{")
-        rest = repair_body(rest) if is_json else self._pass_event(rest)
+        rest = self._pass_event(repair_body(bytes(self._buffer)))
         return self._end_calls(self._open, self._open) + rest
 
     def _pass_event(self, event):
@@ -6745,14 +6472,14 @@ class RepairStream:
             if text.strip() == "[DONE]":
                 return self._end_calls(self._open) + event
             payload = json.loads(text)
-            if payload.get("type") == "error" or payload.get("error"):
+            if payload.get("error"):
                 return self._end_calls(self._open, self._open) + event
             return self._pass_payload(event, payload)
         except MALFORMED:
             return event
 
     def _pass_payload(self, event, payload):
-        calls, ends = _calls_in(payload), _ends_in(payload)
+        calls, ends = _calls_in(payload)
         fragments = {key: member[name] for key, member, name in calls}
         for key in fragments:
             self._open.setdefault(key, [])
@@ -6797,7 +6524,7 @@ class RepairStream:
                 continue
             if self._repaired.keys() & keys:
                 payload = json.loads(_data_of(event))
-                for key, member, name in _calls_in(payload):
+                for key, member, name in _calls_in(payload)[0]:
                     if member[name] and key in self._repaired:
                         member[name], self._repaired[key] = self._repaired[key], ""
                 event = _with_data(event, payload)
@@ -6810,33 +6537,14 @@ class RepairStream:
 #    Never knows how it is served.
 #
 #    The page is one text without any outside resource. It asks for `/` again, as a
-#    stream of events; each of them is a whole `snapshot`, which replaces the last.
+#    stream of events; each of them is a whole snapshot, which replaces the last.
 # ==================================================================================
 
 
-class StatusReport(NamedTuple):
-    """What the page and Prometheus show. llmswap started at `born`, in Unix time."""
-
-    version: str
-    born: float
-    models: Sequence[ModelStatus]
-    metrics: Metrics
-    requests: int = 0  # RequestLog.steps()
-    problem: Optional[str] = None  # why the changed file is not in use
-    budget: Mapping[str, int] = {}  # bytes by resource
-
-
-def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON: the report without its metrics, and
-    each model's ModelStatus without pid, port and entry."""
-    models = []
-    for model in report.models:
-        failure = str(model.failure) if model.failure else None
-        shown_model = model._replace(failure=failure)._asdict()
-        del shown_model["pid"], shown_model["port"], shown_model["entry"]
-        models.append(shown_model)
-    shown = report._replace(models=models)._asdict()
-    del shown["metrics"]
+def shown_on_page(model: ModelStatus) -> dict:
+    """Return what the page shows of a model, ready for JSON."""
+    shown = {**model._asdict(), "failure": model.failure and str(model.failure)}
+    del shown["pid"], shown["port"], shown["entry"]
     return shown
 
 
@@ -6863,13 +6571,16 @@ class Usage(NamedTuple):
 
 
 # The text that a model writes cannot match: quotes in it are escaped.
-_NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
-_NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-_SPEEDS = ("predicted_per_second", "prompt_per_second")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
+_USAGE_NAMES = (  # of each field of Usage
+    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
+    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
+    ("predicted_per_second",),
+    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
+    ("prompt_per_second",),
+)
 _USAGE = re.compile(
-    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]' % _NAMES.encode()
+    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
+    % "|".join(sum(_USAGE_NAMES, ())).encode()
 )
 
 
@@ -6879,17 +6590,18 @@ def usage_in(excerpt: bytes) -> Usage:
 
     Of two values the last counts, and `usage` before llama-server's `timings`.
     """
-    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(excerpt)}
+    numbers = {
+        name.decode(): int(text) if text.isdigit() else float(text)
+        for name, text in _USAGE.findall(excerpt)
+    }
     if "input_tokens" in numbers:  # Anthropic counts without those in the cache
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    tokens_in, tokens_out, tokens_cached = (
-        next((int(numbers[name]) for name in names if name in numbers), None)
-        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
-    )
-    speeds = [numbers.get(name) for name in _SPEEDS]
-    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
+    return Usage(*(
+        next((numbers[name] for name in names if name in numbers), None)
+        for names in _USAGE_NAMES
+    ))
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -6904,9 +6616,9 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in _cells_of(); metric, with llmswap_ before it unless it begins with
-# process_; help; labels. Without labels, a source of one number has none, all others
-# have `model`.
+# Kind; source in Metrics or _gauges(); metric, to which llmswap_ is prefixed unless it
+# begins with process_; help; labels. Without labels, a source of one number has none,
+# all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
     ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
@@ -6914,8 +6626,7 @@ METRICS = (
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
-    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
-     "model", "state"),
+    ("gauge", "states", "model_state", "1 for its state, else 0.", "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -6923,12 +6634,10 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Size of a model's saved contexts."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "model", "status"),
+    ("counter", "requests", "requests_total", "Ended requests.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens taken from a cache, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Cached prompt tokens."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
@@ -6944,17 +6653,24 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(report: StatusReport) -> str:
-    """Return everything in Prometheus' text format, version 0.0.4."""
-    lines, cells = [], _cells_of(report)
+def metrics_text(
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int], born
+) -> str:
+    """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
+    `born`, in Unix time."""
+    lines, cells = [], collections.defaultdict(list)
+    numbers = {("swaps",): 0, ("born",): born, **metrics}
+    numbers.update(_gauges(models, budget))
+    for (source, *values), number in numbers.items():
+        cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         labels = labels or ["model"]
-        samples = [("", values, number) for values, number in cells[source]]
+        samples = cells[source]
         if kind == "histogram":
             labels.append("le")
-            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+            samples = _buckets(metrics, source)
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -6966,40 +6682,35 @@ def metrics_text(report: StatusReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells_of(report):
-    """Return {source: [(values of its labels, number or None)]}."""
-    cells = collections.defaultdict(list)
-    for (source, *values), number in sorted(report.metrics.items(), key=repr):
-        cells[source].append((tuple(values), number))
-    python = "{}.{}.{}".format(*sys.version_info)
-    cells["build"] = [((report.version, python), 1)]
-    cells["born"] = [((), report.born)]
-    cells["cpu"] = [((), time.process_time())]
-    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
-    cells["swaps"] = [((), report.metrics["swaps",])]
-    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
-    gauges = "running waiting rss vram context progress tokens_per_second".split()
-    for model in report.models:
-        if model.shares is not None:
-            continue
-        for source in gauges:
-            cells[source].append(((model.id,), getattr(model, source)))
-        for state in State:
-            is_now = int(model.state == state.value)
-            cells["states"].append(((model.id, state.value), is_now))
-        for name, size in model.needs.items():
-            cells["needs"].append(((model.id, name), size))
-    return cells
+def _gauges(models, budget):
+    """Return {(source, values of its labels...): number or None}."""
+    gauges = {
+        ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
+        ("cpu",): time.process_time(),
+        ("memory",): memory_of(os.getpid()).get("VmRSS"),
+    }
+    gauges.update({("budget", name): size for name, size in budget.items()})
+    sources = "running waiting rss vram context progress tokens_per_second".split()
+    for model in models:
+        if model.shares is None:
+            for source in sources:
+                gauges[source, model.id] = getattr(model, source)
+            for state in State:
+                is_now = int(model.state == state.value)
+                gauges["states", model.id, state.value] = is_now
+            for name, size in model.needs.items():
+                gauges["needs", model.id, name] = size
+    return gauges
 
 
-def _buckets(counts, sums):
+def _buckets(metrics, source):
     """Yield each model's cumulative buckets, their sum and their count."""
-    for (model,), total in sums:
+    for name, model in [key for key in metrics if key[0] == f"{source}_sum"]:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += counts.get((model, index), 0)
+            reached += metrics[source, model, index]
             yield "_bucket", (model, bound), reached
-        yield "_sum", (model,), total
+        yield "_sum", (model,), metrics[name, model]
         yield "_count", (model,), reached
 
 
@@ -7146,10 +6857,8 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  h3 small { display: block; margin: 0; }
-}
-@media (max-width: 620px) {
   .rest [data-do=log] { display: none; }
+  h3 small { display: block; margin: 0; }
 }
 """
 
@@ -7315,14 +7024,14 @@ async function followSnapshots() {
 }
 
 function applySnapshot(next) {
-  const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
-  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
+    const {id} = model, before = snapshot?.models.find((each) => each.id === id);
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
-    const text = `${model.id} ${model.state}`, old = before.get(model.id);
-    if (old && old !== model.state) setText($("live-region"), text);
+    const hasChanged = before && before.state !== model.state;
+    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
   }
+  [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
   paint();
 }
@@ -7517,7 +7226,7 @@ let isFetching = false;
 
 async function fetchRequests() {
   const limit = $("search").value.trim() ? 500 : 100;
-  const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
+  const wanted = `${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
@@ -7571,10 +7280,7 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("search").addEventListener("input", () => {
-  paint();
-  fetchRequests();
-});
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
@@ -7670,7 +7376,6 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -7762,18 +7467,15 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 # ==================================================================================
 
 MAX_ENDED_REQUESTS = 500  # in the list of requests
-SHOWN_LENGTH = 200  # characters of a client's header or path
-ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
 VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
-SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
+TEXT_LIMIT = 500  # characters of a name or another text of a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
@@ -7784,10 +7486,6 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATH = re.compile(
-    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
-    "|delete)/?"
-)
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -7857,8 +7555,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self.pool = self.server.pool
         self.reader = SocketReader(self.request)
-        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.has_unread_body = False  # the client may still be sending
         address = self.request.getsockname()
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
@@ -7873,7 +7569,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Let a client read our answer while it still sends its body."""
-        if self.has_unread_body and not self.response.problem:
+        if self.has_unread_body:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -7882,15 +7578,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._await_request():
             return
         self.began = time.monotonic()
+        self.server.application.reload_if_changed()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
-        self.row = self.error = None
-        self.info, self.usage = RequestInfo(), Usage()
+        self.row, self.info, self.usage = None, RequestInfo(), Usage()
         try:
             self.parse_request()
             self._check_access()
-            self.server.application.reload_if_changed()
-            self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
@@ -7900,7 +7594,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        body, self.body, self.reader.on_timeout = self.body, None, self.head_timeout
+        body, self.body = self.body, None
         self.has_unread_body = body is None or not body.is_complete
         self.close_connection = self.has_unread_body or not self.response.is_persistent
 
@@ -7910,15 +7604,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
             return await_event(self.request, select.POLLIN, IDLE_SECONDS)
-        with self.server.idling(self.request):
-            if self.server.is_closing:
-                return False
-            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
+        return self.server.await_next_request(self.request)
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        self.head_timeout.restart()
-        self.reader.on_timeout = self.head_timeout
+        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, late)
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -7927,7 +7618,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
-            self.head.target = path + self.head.target[len(self.head.path) :]
             self.head.path = path
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
@@ -7944,16 +7634,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status = response.status or 500
         if response.problem and status < 400:
-            status = 502
-        status = 499 if isinstance(self.error, RequestCancelled) else status
+            status = response.problem.status
         seconds = time.monotonic() - self.began
-        usage = self.usage if status < 300 else Usage()
-        speed = speed_of(usage, seconds - (self.waited or 0))
+        speed = speed_of(self.usage, seconds - (self.waited or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
-        amounts = {name: getattr(usage, name) for name in names}
-        error = self.error or response.problem
-        if self.head is not None and status >= 400 and status != 499:
-            self.row = self.row or self._new_row(self.info)
+        amounts = {name: getattr(self.usage, name) for name in names}
+        if has_failed and self.head is not None:
+            self.row = self.row or self._new_row()
         if self.row:
             self.row.update(
                 amounts,
@@ -7961,53 +7648,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
                 tokens_per_second=speed,
-                error=str(error)[:ERROR_LENGTH] if error else None,
+                error=str(response.problem)[:TEXT_LIMIT] if response.problem else None,
             )
             self.server.requests.end(self.row)
-        amounts = {name: amount or 0 for name, amount in amounts.items()}
-        amounts["bytes_in"] = self.body.received if self.body is not None else 0
-        amounts["bytes_out"] = response.sent
         self.pool.count_request(
-            self.model, status, seconds, self.waited, speed, **amounts
-        )
+            self.model, status, seconds, self.waited, speed,
+            bytes_in=self.body.received if self.body else 0,
+            bytes_out=response.sent,
+            **{name: amount or 0 for name, amount in amounts.items()},
+        )  # fmt: skip
 
-    def _new_row(self, info):
+    def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        asked = self.info.model or head.parameter("model") or ""
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
             started=time.time(),
             client=self.client_address[0] if is_tcp else "unix",
-            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
-            session=head.get("x-session-id")[:SHOWN_LENGTH],
-            method=head.method[:SHOWN_LENGTH],
-            path=head.path[:SHOWN_LENGTH],
-            asked=(info.model or head.parameter("model") or "")[:NAME_LIMIT] or None,
+            user_agent=head.get("user-agent")[:TEXT_LIMIT],
+            session=head.get("x-session-id")[:TEXT_LIMIT],
+            method=head.method[:TEXT_LIMIT],
+            path=head.path[:TEXT_LIMIT],
+            asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=info.members.get("stream") is True,
+            stream=self.info.members.get("stream") is True,
         )
 
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        self.error = error
-        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
-            self.server.has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.server.log("warning", text)
+        if self.head is None:  # its client may show no more than a status, if that
+            self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
-        self.response = self.response or ClientResponse(self.request, None, [])
-        response = self.response
+        response = self.response or ClientResponse(self.request, None, [])
+        self.response, response.problem = response, error
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
-        if not response.status:
-            self._send_error(error)
-        elif response.is_early and not response.sent:
-            response.send(response.error_event(error_body(error)))
-            response.end()
-            response.status = error.status  # as it is counted
-        else:
+        if response.status:
             response.abort(error)
+        else:
+            self._send_error(error)
 
     def _send_error(self, error):
         headers = []
@@ -8024,16 +7705,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send_json(body, error.status, headers)
+        self._send_json(body, error.status, *headers)
 
-    def _send(self, payload, status=200, headers=()):
-        self.response.answer(status, [*headers, SERVER_HEADER], payload)
-
-    def _send_json(self, value, status=200, headers=()):
-        self._send(to_json(value), status, [JSON_TYPE, *headers])
+    def _send_json(self, value, status=200, *headers):
+        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
-        self._send(text.encode(), headers=[content_type])
+        self.response.answer(text.encode(), 200, content_type)
 
     def _stream(self, next_item, render):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
@@ -8107,9 +7785,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
-            elif scheme.lower() != "basic":
-                yield value.encode("latin-1")
-            elif not self._is_from_foreign_page():
+            elif scheme.lower() == "basic" and not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8139,18 +7815,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
+            if f"{path}/".startswith(prefix) and (not methods or method in methods):
                 self.body.hold(SMALL_BODY if methods else 0)
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
-        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
+            url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
-        if OLLAMA_PATH.fullmatch(path):
-            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
-            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
@@ -8163,7 +7836,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(b"", 204, headers if self.response.extra else [])
+        self.response.answer(b"", 204, *headers if self.response.extra else ())
 
     def _wants_snapshots(self):
         """Return whether this is the page's request for a stream of snapshots."""
@@ -8172,17 +7845,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_events(SERVER_HEADER)
-            return self._stream(functools.partial(next, self._snapshots()), _as_event)
-        headers = [
+            self.response.start_stream()
+            return self._stream(self._snapshots().__next__, as_event)
+        self.response.answer(
+            STATUS_PAGE.encode(),
+            200,
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", PAGE_POLICY),
-            ("x-content-type-options", "nosniff"),
-            ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
-            ("vary", "Accept"),
-        ]
-        self._send(STATUS_PAGE.encode(), headers=headers)
+        )
 
     def _snapshots(self):
         """Yield a snapshot at each change, and every 2 s unless all models are
@@ -8193,30 +7864,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, report = revision, self._status_report()
-            is_busy = any(model.state != "unloaded" for model in report.models)
+            seen, models = revision, self._statuses()
+            is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            yield snapshot(report)
+            yield {
+                "models": [*map(shown_on_page, models)],
+                "requests": self.server.requests.steps(),
+                "problem": self.server.application.config_error,
+                "budget": self.pool.budget,
+            }
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
+        figures = self.pool.metrics(), self.pool.budget, self.server.born
+        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
 
-    def _status_report(self):
-        details = self.pool.inspector.details_of([*self.config.models.values()])
-        models = []
+    def _details(self):
+        return self.pool.inspector.details_of([*self.config.models.values()])
+
+    def _statuses(self):
+        details, models = self._details(), []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
-        return StatusReport(
-            VERSION,
-            self.server.born,
-            models,
-            self.pool.metrics(),
-            self.server.requests.steps(),
-            self.server.application.config_error,
-            self.pool.budget,
-        )
+        return models
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8234,51 +7905,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        statuses = [self.pool.status(model) for model in models]
-        owners = [
-            self.config.models.get(status.shares, model)
-            for model, status in zip(models, statuses)
-        ]
-        details = self.pool.inspector.details_of(owners)
-        return [
-            model_entry(model, owner, status, details[owner.name], self.server.born)
-            for model, owner, status in zip(models, owners, statuses)
-        ]
+        details, born, entries = self._details(), self.server.born, []
+        for model in models:
+            status = self.pool.status(model)
+            owner = self.config.models.get(status.shares, model)
+            entries.append(model_entry(model, owner, status, details[owner.name], born))
+        return entries
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
-        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
-            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        try:
+            count = parse_count(limit or str(MAX_ENDED_REQUESTS))
+        except ValueError as error:
+            raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
         if name is not None:
             names = (name, self.config.find(name))
             rows = [row for row in rows if row["model"] in names]
-        self._send_json({"requests": rows[: int(limit) if limit else None]})
+        self._send_json({"requests": rows[:count]})
 
     def cancel_request(self, rest):
         """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
-        if action != "cancel":
-            raise NotFound(f"there is nothing at {self.head.path}")
-        if not self.server.requests.cancel(number):
-            raise NotFound(f"no request {number} is in flight")
+        if action != "cancel" or not self.server.requests.cancel(number):
+            raise NotFound(f"{self.head.path}: no such request is in flight")
         self._send_json({"success": True})
 
     def change_model(self):
         """Begin to load or unload the model that the body names."""
         model = self._resolve(find_model(self.body, "application/json").model)
-        if self.head.path == "/models/load":
-            change, word = self.pool.load, "already"
-        else:
-            change, word = self.pool.unload, "not"
+        is_load = self.head.path == "/models/load"
+        change = self.pool.load if is_load else self.pool.unload
         if not change(model):
-            raise BadRequest(f"model is {word} running")
+            raise BadRequest(f"model is {'already' if is_load else 'not'} running")
         self._send_json({"success": True})
 
     def _resolve(self, name):
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self.config.resolve(name[:NAME_LIMIT])
+        return self.config.resolve(name[:TEXT_LIMIT])
 
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they are unloaded."""
@@ -8292,7 +7957,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self.pool.inspector.details_of([*self.config.models.values()])
+        details = self._details()
         running = [
             {
                 "model": status.id,
@@ -8323,21 +7988,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_events(SERVER_HEADER)
-            self._stream(lambda: get(POLL_INTERVAL), _as_event)
+            self.response.start_stream()
+            self._stream(lambda: get(POLL_INTERVAL), as_event)
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
 
-    def get_log_stream(self, name=""):
+    def get_log_stream(self, name):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
-        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
-        headers += [TEXT_TYPE, SERVER_HEADER]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start(200, headers, None)
+            self.response.start_stream("text/plain; charset=utf-8")
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8346,35 +8009,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
-            self._check_use(model)
-            return self._forward(model, self.head.target, RequestInfo())
+            return self._forward(self.head.target)
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        self._relay(outgoing, backend)
+        self._relay(self._upstream_request(self.head.target), backend)
 
-    def _check_use(self, model, refusal=None):
+    def _check_use(self, refusal):
         """Raise a refusal if the model is not loaded, and may not be by this request:
-        the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
-        a GET that would load it."""
-        is_safe, is_asset = self.head.method in SAFE_METHODS, refusal is not None
-        if is_safe and not self.pool.backend_of(model, State.LOADED):
+        the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
+        foreign page causes a GET that would load the model."""
+        is_safe = self.head.method in SAFE_METHODS
+        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
-        not_loaded = BadRequest("model is not loaded")
-        if not self.config.settings.models_autoload:
-            refusal = refusal or not_loaded
         value = self.head.parameter("autoload")
-        if value:
-            refusal = None if value in ("true", "1") else not_loaded
-        self.load_refusal = refusal
-        if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
-            if not (is_asset or value):
-                self.pool.resume_keep_loaded()
+        if value or not (refusal or self.config.settings.models_autoload):
+            may_load = value in ("true", "1")
+            refusal = None if may_load else BadRequest("model is not loaded")
+        states = State.LOADING, State.LOADED
+        if refusal and not self.pool.backend_of(self.model, *states):
             raise refusal
+        return refusal
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
@@ -8388,54 +8046,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = "".join(f"/{part}" for part in parts[count:])
         query = self.head.target[len(self.head.path) :]
         if not path:
-            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
-        refusal = None
-        may_load = path == "/" and self.config.settings.models_autoload
-        if self.head.method in SAFE_METHODS and not may_load:
+            location = f"/upstream/{rest}/{query}"
+            return self.response.answer(b"", 308, ("location", location))
+        is_safe, refusal = self.head.method in SAFE_METHODS, None
+        if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
-        self._check_use(model, refusal)
-        info = self._request_info(is_needed=False)
-        self._forward(model, path + query, info, preemptible=True)
+        self._read_info(is_needed=False)
+        self._forward(path + query, refusal, preemptible=is_safe)
 
-    def _request_info(self, is_needed):
-        """Return find_model() of the body; GET, HEAD and upgrades have none."""
-        if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
-            return RequestInfo()
-        return find_model(self.body, self.head.get("content-type"), is_needed)
+    def _read_info(self, is_needed):
+        """Find the model in the body; GET, HEAD and upgrades have none."""
+        head = self.head
+        if head.method not in ("GET", "HEAD") and not head.is_upgrade:
+            self.info = find_model(self.body, head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self.info = self._request_info(is_needed=not name)
-        name = info.model or name
+        self._read_info(is_needed=not name)
+        name = self.info.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
-        model = self.model = model or self._resolve(name or None)
-        self._check_use(model)
-        self._forward(model, self.head.target, info)
+        self.model = model or self._resolve(name or None)
+        self._forward(self.head.target)
 
-    def _forward(self, model, target, info, preemptible=False):
+    def _forward(self, target, refusal=None, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
-        idle_timeout = _idle_timeout_in(info.members)
-        is_safe = self.head.method in SAFE_METHODS
-        preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        refusal = self._check_use(refusal)
+        idle_timeout = _idle_timeout_in(self.info.members)
+        preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
-            self.row = self._new_row(info)
+            self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
-        notice, path = model.settings.loading_notice, target.split("?")[0]
+        notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
-        is_stream = bool(may_stream) and info.members.get("stream") is True
+        is_stream = may_stream and self.info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
-            self.response.progress_event = self._progress_events(model).__next__
+            self.response.progress_event = self._progress_events().__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(model, target, info)
-        transform_of = _repair_for if model.settings.json_repair else lambda _: None
+        outgoing = self._upstream_request(target)
+        terms = self.model, self.response.heartbeat, preemptible, refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
-            terms = model, self.response.heartbeat, preemptible, self.load_refusal
             with self.pool.lease(*terms) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8443,71 +8098,69 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    self._relay(outgoing, backend, transform_of)
+                    self._relay(outgoing, backend)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
-                    has_died = not self.response.sent and backend.died(1.0)
-                    may_repeat = outgoing.rest is None and not self.load_refusal
+                    has_died = backend.died(1.0)
+                    may_repeat = outgoing.rest is None and not refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
-                    error = BackendDied(str(reason)) if reason else error
+                    error = BackendDied(str(reason or error))
                     error.may_retry = False if is_last else None  # it failed twice
-                    raise error
+                    raise error from None
 
-    def _progress_events(self, model):
+    def _progress_events(self):
         """Yield events that a chat shows as the model's reasoning during its load, or
         b"" if nothing has changed or the last event is too recent."""
+        name, last_text, next_at = self.model.name, "", 0.0
         chunk = {
-            "id": f"chatcmpl-{model.name}-loading",
+            "id": f"chatcmpl-{name}-loading",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": model.name,
+            "model": name,
         }
-        last_text, next_at = "", 0.0
         while True:
-            status, now = self.pool.status(model), time.monotonic()
-            text = f"waiting for room for {model.name}"
+            status, now = self.pool.status(self.model), time.monotonic()
+            text = f"waiting for room for {name}"
             if status.state == "loading":
                 progress = percent(status.progress) or f", {status.seconds:.0f} s"
-                text = f"loading {model.name}{progress}"
+                text = f"loading {name}{progress}"
             if now < next_at or text == last_text or status.state == "loaded":
                 yield b""
                 continue
             last_text, next_at = text, now + NOTICE_EVERY
             delta = {"reasoning_content": f"{text}\n"}
             choice = {"index": 0, "delta": delta, "finish_reason": None}
-            yield _as_event({**chunk, "choices": [choice]})
+            yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, model, target, info):
-        body, length, settings = self.body, self.body.length, model.settings
+    def _upstream_request(self, target):
+        body, info, settings = self.body, self.info, self.model.settings
+        held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
-            text = f"the request for {model.name} has come back to llmswap"
+            text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
-        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-        removed = {*timeouts, *settings.strip_params}
+        removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
+        removed &= info.members.keys()
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if info.is_json and (removed or defaults or overrides):
+        if info.members and (removed or defaults or overrides):
             try:
                 held = edited_json(info.members, removed, defaults, overrides)
             except RecursionError:
                 raise BadRequest("the body is nested too deep") from None
         elif info.model is not None and settings.model_name:
             start, end = info.span
-            held = body.held[:start] + settings.model_name.encode() + body.held[end:]
+            held = held[:start] + settings.model_name.encode() + held[end:]
             length = length and length + len(held) - len(body.held)
-        else:
-            held = body.held
-        rest = body
         if body.is_complete:
             length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _relay(self, outgoing, backend, transform_of=lambda _: None):
+    def _relay(self, outgoing, backend):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -8524,7 +8177,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        relay(outgoing._replace(headers=headers), backend, self.response, transform_of)
+        outgoing = outgoing._replace(headers=headers)
+        relay(outgoing, backend, self.response, self._repair_for)
+
+    def _repair_for(self, answer):
+        """Return a RepairStream for an answer that may need repair, else None."""
+        is_wanted = self.model.settings.json_repair and answer.status == 200
+        is_readable = answer.is_event_stream or "json" in answer.get("content-type")
+        is_encoded = answer.get("content-encoding")
+        return RepairStream() if is_wanted and is_readable and not is_encoded else None
 
 
 ROUTES = {
@@ -8543,12 +8204,10 @@ ROUTES = {
     "/running": {"GET": Handler.get_running},
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
-    "/api/models/unload": {"POST": Handler.unload},
     "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
-    "/logs/stream": {"GET": Handler.get_log_stream},
 }
 PREFIXES = (  # path, methods (all if there are none), action
     ("/upstream/", (), Handler.route_upstream),
@@ -8575,17 +8234,6 @@ def percent_decoded(text: str) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _as_event(value):
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-def _repair_for(answer):
-    """Return a RepairStream for an answer that may have tool calls, else None."""
-    if answer.status != 200 or answer.get("content-encoding"):
-        return None
-    is_readable = answer.is_event_stream or "json" in answer.get("content-type")
-    return RepairStream() if is_readable else None
-
 
 def _idle_timeout_in(members):
     """Return the idle timeout in seconds that a request sets, negative for none; None
@@ -8593,17 +8241,11 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    value = members[names[0]]
+    text = str(members[names[0]])
     try:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_duration(value.lstrip("-"))
-        if math.isnan(value) or isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        text = f"{names[0]}: {value!r} is not a duration"
-        raise BadRequest(text, names[0]) from None
+        return parse_duration(text.lstrip("-")) * (-1 if text.startswith("-") else 1)
+    except ValueError as error:
+        raise BadRequest(f"{names[0]}: {error}", names[0]) from None
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -8743,15 +8385,13 @@ class Log:
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = False
-        with contextlib.suppress(OSError, ValueError):
-            status = os.fstat(sys.stderr.fileno())
-            journal = f"{status.st_dev}:{status.st_ino}"
-            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
-        lines = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(lines, self)
+        stderr = os.fstat(2)
+        stream = f"{stderr.st_dev}:{stderr.st_ino}"
+        self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
+        records = queue.SimpleQueue()
+        self._listener = logging.handlers.QueueListener(records, self)
         self._listener.start()
-        self._handler = logging.handlers.QueueHandler(lines)
+        self._handler = logging.handlers.QueueHandler(records)
         self._logger = logging.Logger("llmswap")
         self._logger.addHandler(self._handler)
         self.set_level("info")
@@ -8773,7 +8413,7 @@ class Log:
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
             line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError, ValueError):  # it may be closed
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
 
     def close(self):
@@ -8794,45 +8434,37 @@ class Server(http.server.ThreadingHTTPServer):
         self.born = int(time.time())
         self.is_closing = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        limit = min(hard, MAX_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self.has_warned_of_tls = False
+        self._accepting = threading.Lock()
         for sock in sockets:
             sock.setblocking(False)
 
     def start(self):
         """Accept connections, on a thread of its own."""
-        self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`; the base class would wake up twice a second."""
+        """Accept until `stop`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_reader as stop_reader:
-            for each in (stop_reader, *self.sockets):
-                waiter.register(each, select.POLLIN)
-            while not self._is_paused:
-                ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:  # on which get_request() accepts
-                    if self.socket.fileno() in ready:
+        for each in (self._stop_reader, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self.is_closing:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:  # on which get_request() accepts
+                with self._accepting:
+                    if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()
 
-    def shutdown(self):
-        """Stop accepting; the sockets stay open."""
-        self._is_paused = True
-        self._stop_writer.close()
-        self._thread.join(1.0)
-
-    def is_serving(self) -> bool:
+    def is_alive(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
-        return self._is_paused or self._thread.is_alive()
+        return self.is_closing or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -8846,14 +8478,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        reason = f"{self.max_connections} connections are open already"
         if len(self._connections) < self.max_connections:
             self._connections.add(request)
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError as error:  # no thread could be started
-                reason = str(error)
-                self.log("error", f"a connection could not be served: {reason}")
+            return super().process_request(request, client_address)
+        reason = f"{self.max_connections} connections are open already"
         refuse_connection(request, reason)
         self.shutdown_request(request)
 
@@ -8866,15 +8494,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket):
-        """In this block `stop` may close the connection, which waits for a request."""
+    def await_next_request(self, connection: socket.socket) -> bool:
+        """Return whether a request begins within IDLE_SECONDS, and before `stop`."""
         self._idle_connections.add(connection)
         self._active_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self._idle_connections.discard(connection)
+        is_open = not self.is_closing
+        has_begun = is_open and await_event(connection, select.POLLIN, IDLE_SECONDS)
+        self._idle_connections.discard(connection)
+        return has_begun
 
     def inactive_since(self) -> Optional[float]:
         """Return when a connection last became idle; None while any is busy."""
@@ -8882,19 +8509,18 @@ class Server(http.server.ThreadingHTTPServer):
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Stop accepting and return True; if a client has connected, go on and return
-        False. Later ones wait in the backlog of the sockets, which systemd keeps."""
-        self.shutdown()
-        pending = select.select(self.sockets, [], [], 0)[0]
-        if self.inactive_since() is not None and not pending:
-            return True
-        self.start()
-        return False
+        """Accept no more and return True, unless a client is connected. Later ones wait
+        in the backlog of the sockets, which systemd keeps."""
+        with self._accepting:
+            pending = select.select(self.sockets, [], [], 0)[0]
+            self.is_closing = self.inactive_since() is not None and not pending
+        return self.is_closing
 
     def stop(self):
         """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self.shutdown()
+        self._stop_writer.close()
+        self._thread.join(1.0)
         for sock in self.sockets:
             sock.close()  # it is never shut down: systemd may own it
         for connection in list(self._idle_connections):
@@ -8905,10 +8531,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    headers = [JSON_TYPE, ("retry-after", "5"), SERVER_HEADER]
+    body = to_json(error_body(APIError(reason)))
     with contextlib.suppress(ClientDisconnected):
         response = ClientResponse(connection, None, [])
-        response.answer(503, headers, to_json(error_body(APIError(reason))))
+        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
 
 
 # -- listening -------------------------------------------------------------------------
@@ -8923,7 +8549,7 @@ def open_listener(address: Address) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # or is no socket
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
-        os.unlink(address)  # left by a process that was killed
+        os.unlink(address)  # left by a process that has ended
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
@@ -8952,18 +8578,9 @@ def is_llmswap(address: Address) -> bool:
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    if isinstance(address, bytes):  # an abstract one, from systemd
-        return f"unix:@{os.fsdecode(address[1:])}"
-    host, port = address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{_joined(host, port)}/"
-
-
-def _resolved(host, port):
-    """Return the numeric address of a host, as systemd does not look up names."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][:2]
+    if not isinstance(address, tuple):
+        return f"unix:{os.fsdecode(address)}"
+    return f"http://{_joined(*address[:2])}/"
 
 
 def _joined(host, port):
@@ -8973,38 +8590,19 @@ def _joined(host, port):
 # -- systemd ---------------------------------------------------------------------------
 
 
-def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
-    """Return the listening sockets that systemd passed, and what is wrong with them.
-    Its variables are removed from `environ`."""
-    names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-    count, pid, *_ = [environ.pop(name, "") for name in names]
-    if count and pid != str(os.getpid()):
-        return [], (
-            f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
-            "start llmswap without a shell around it, or with exec"
-        )
-    listeners = []
-    for fd in range(3, 3 + int(count or 0)):
-        try:
-            listener = socket.socket(fileno=fd)
-            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError:
-            accepts = False
-        if not accepts:
-            return [], f"descriptor {fd} from systemd is not a listening stream socket"
-        listeners.append(listener)
-    return listeners, None
+def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
+    """Return the listening sockets that systemd passed to this process."""
+    is_ours = environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(environ.get("LISTEN_FDS", 0)) if is_ours else 0
+    return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
 class SystemdNotifier:
-    """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
-    `watchdog` is the longest time in seconds between two reports, or None."""
+    """Reports llmswap's state to systemd, if that asks for it. Any thread may call."""
 
-    def __init__(self, environ: Dict[str, str]):
-        self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
-        microseconds = environ.pop("WATCHDOG_USEC", "")
-        is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
+    def __init__(self, environ: Mapping[str, str]):
+        self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
+        self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
@@ -9014,21 +8612,20 @@ class SystemdNotifier:
             sender.connect(self._address)
             sender.sendall("\n".join(lines).encode())
 
-    def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and twice per `watchdog`, as long as
-        `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
-        interval = self.watchdog / 2 if self.watchdog else None
-        with pool.events.subscribe() as get:
+    def watch(self, server: Server):
+        """Report what is loaded, at each change and twice per WATCHDOG_USEC, as long as
+        server and Pool are alive. Return only if systemd asked for none."""
+        with server.pool.events.subscribe() as get:
             while self._address:
-                if is_serving() and pool.is_alive(interval or -1):
+                if server.is_alive() and server.pool.is_alive(self._interval or -1):
                     held = [
                         f"{status.id} {status.state}{percent(status.progress)[1:]}"
-                        for status in pool.statuses()
+                        for status in server.pool.statuses()
                         if status.state != "unloaded" and not status.shares
                     ]
                     text = ", ".join(held) or "nothing is loaded"
                     self.notify("WATCHDOG=1", f"STATUS={text}")
-                get(interval)
+                get(self._interval)
 
 
 UNITS = """\
@@ -9038,6 +8635,7 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
+SocketMode=0660
 BindIPv6Only=ipv6-only
 
 [Install]
@@ -9047,7 +8645,6 @@ WantedBy=sockets.target
 [Unit]
 Description=One address for many local language models
 Requires=llmswap.socket
-After=llmswap.socket
 StartLimitIntervalSec=30
 StartLimitBurst=30
 
@@ -9072,14 +8669,15 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    streams = []
+    addresses = []
     for address in config.settings.listen:
-        is_unix = isinstance(address, str)
-        place = os.path.abspath(address) if is_unix else _joined(*_resolved(*address))
-        streams.append("ListenStream=" + place.replace("%", "%%"))
-        streams += ["SocketMode=0660"] if is_unix else []
+        if isinstance(address, str):
+            addresses.append(os.path.abspath(address).replace("%", "%%"))
+        else:  # numeric, as systemd does not look up names
+            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            addresses.append(_joined(*found[4][:2]))
     return UNITS.format(
-        streams="\n".join(streams),
+        streams="\n".join(f"ListenStream={address}" for address in addresses),
         folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -9088,9 +8686,8 @@ def units_for(config: Config) -> str:
 
 def _unit_word(word):
     word = word.replace("%", "%%")
-    if re.search(r"[\s\"'\\;]", word):
-        word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return word
+    needs_quotes = re.search(r"[\s\"'\\;]", word)
+    return json.dumps(word, ensure_ascii=False) if needs_quotes else word
 
 
 # -- the demo model server -------------------------------------------------------------
@@ -9101,49 +8698,40 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # the head and the body in one packet
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
+        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
+        self._send([to_json(value)])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except MALFORMED:
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
-        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages") or [{}]
+        text = f"{model} says: {messages[-1].get('content') or 'squawk'}"
+        words = re.findall(r"\S+\s*", text)
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
-        reply = {"role": "assistant", "content": "".join(words)}
+            return self._send(self._events(words), "text/event-stream")
+        reply = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer({**answer, "choices": [choice], "usage": usage})
+        self._send([to_json({**answer, "choices": [choice], "usage": usage})])
 
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
+            yield as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
-
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, pieces, content_type="application/json"):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         for piece in itertools.chain(pieces, [b""]):
             self.wfile.write(as_chunk(piece))
-            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing, as llmswap would show it as the model's output."""
@@ -9159,8 +8747,8 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.fill(key.help.replace("`", ""), 82, break_on_hyphens=False)
-            lines.append(textwrap.indent(help, " " * 6))
+            help = textwrap.wrap(key.help.replace("`", ""), 82, break_on_hyphens=False)
+            lines += [f"      {line}" for line in help]
         lines.append("")
     return "\n".join(lines)
 
@@ -9201,7 +8789,7 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, binaries = [], set()
+    unusable, unknown = [], set()
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
@@ -9210,8 +8798,8 @@ def check(config: Config) -> int:
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if model.kind == "llama-server":
-            binaries.add(model.settings.llama_server)
+        if table_of(model) is UNKNOWN_OPTIONS:
+            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -9224,9 +8812,8 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(binaries):
-        if options_of(binary) is UNKNOWN_OPTIONS:
-            print(f"the options of {binary} are unknown: they are passed on unchecked")
+    for binary in sorted(unknown):
+        print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
     count = f"{len(unusable)} of {len(config.models)} models cannot be used"
@@ -9267,8 +8854,6 @@ def prepare_process():
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
@@ -9288,7 +8873,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(keys_text(), end="")
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
-    file_watch = FileWatch(args.file) if args.file else None
+    file_watch = FileWatch(args.file or os.devnull)
     try:
         config = load(list_cached=cached_models)
     except ConfigError as error:
@@ -9317,7 +8902,7 @@ def refuse_pending_connections():
     """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
     start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
-    for listener in take_listeners(os.environ)[0]:
+    for listener in passed_listeners(os.environ):
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # when there are no more
             while True:
@@ -9344,7 +8929,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._look = None  # the thread of the last one
+        self._look = threading.Thread()  # the last one
         self.mark()
 
     def mark(self):
@@ -9356,14 +8941,10 @@ class FileWatch:
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         with self._lock:
             now = time.monotonic()
-            is_due = now >= self._looked_at + WATCH_EVERY
-            if is_due and not (self._look and self._look.is_alive()):
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # there can be no more threads
-                    self._look = start_thread(self._find_change, "watch", on_change)
-            look = self._look
-        if look:
-            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                self._look = start_thread(self._find_change, "watch", on_change)
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
         stamp = self._stamp()
@@ -9394,11 +8975,9 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -9409,9 +8988,8 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
-        if isinstance(listeners, int):
-            self.log.close()
-            return listeners
+        if not listeners:
+            return 0
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -9421,8 +8999,7 @@ class Application:
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        watch, is_serving = self._notifier.watch, self.server.is_serving
-        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._notifier.watch, "systemd", self.server)
         if not self._cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
@@ -9435,31 +9012,25 @@ class Application:
             self._signals.settimeout(min(timeout, MAX_WAIT))
             with contextlib.suppress(socket.timeout, BlockingIOError):
                 self._signals.recv(4096)
-        for number in (0, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number in self._received:
-                self._received.remove(number)
-                return number
+        return self._received.pop() if self._received else None
 
     def _open_listeners(self):
-        """Return the listening sockets, or an exit status if an address is taken."""
-        listeners, complaint = take_listeners(os.environ)
-        if complaint:
-            self.log("warning", complaint)
-        if listeners:
-            self._is_activated = True
-            return listeners
-        for address in self._config.settings.listen:
+        """Return the listening sockets; none if llmswap answers at one of the addresses
+        already. Raise OSError if an address cannot be used."""
+        listeners = passed_listeners(os.environ)
+        self._is_activated = bool(listeners)
+        if "LISTEN_FDS" in os.environ and not listeners:
+            text = "systemd passed its sockets to another process: start llmswap "
+            print(f"{text}without a shell around it, or with exec", file=sys.stderr)
+        for address in () if listeners else self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
                 shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {shown} already")
-                    return 0
-                # without "(while attempting to bind on address ...)"
-                reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {shown}: {reason}")
-                return 1
+                    print(f"llmswap answers at {shown} already", file=sys.stderr)
+                    return []
+                raise OSError(f"cannot listen on {shown}: {error}") from None
         return listeners
 
     def _log_models(self, config):
@@ -9480,10 +9051,7 @@ class Application:
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                now = time.monotonic_ns() // 1000
-                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
                 self._try_reload()
-                self._notifier.notify("READY=1")
             elif number is not None:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
@@ -9491,7 +9059,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._file_watch and self._config.settings.watch:
+        if self._config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9502,9 +9070,9 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        level = "debug" if self._args.verbose else config.settings.log_level
+        self.log.set_level(level)
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
@@ -9528,8 +9096,7 @@ class Application:
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
         with self._reload_lock:
-            if self._file_watch:
-                self._file_watch.mark()
+            self._file_watch.mark()
             try:
                 config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
@@ -9538,14 +9105,11 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            name = self._args.file or "the list of models"
-            self.log("info", f"{name} was read again")
+            self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
@@ -9558,20 +9122,19 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        last_run = -math.inf
+        ran_at = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = math.inf
-            limit = settings.idle_command_after if settings.idle_command else 0
-            if limit and idle_since is None:
-                pause = max(1.0, limit)
-            elif limit:
-                pause = max(idle_since, last_run) + limit - time.monotonic()
+            now, limit = time.monotonic(), settings.idle_command_after
+            if not (limit and settings.idle_command):
+                limit = math.inf
+            since = now if idle_since is None else max(idle_since, ran_at)
+            pause = since + limit - now
             if pause <= 0:
                 pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
-                    last_run = time.monotonic()
+                    ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
@@ -9595,24 +9158,18 @@ class Application:
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
-        suspended, environment = suspended_seconds(), clean_environment({})
+        options = {"stdin": subprocess.DEVNULL, "env": clean_environment({})}
         try:
-            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
+            status = subprocess.call(command, **options)
         except OSError as error:
             return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
-        slept = max(0.0, suspended_seconds() - suspended)
-        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        self.log(level, f"idle-command ended with status {status}")
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        for listener in self.server.sockets:
-            address = listener.getsockname()
-            if isinstance(address, str) and not self._is_activated:
-                with contextlib.suppress(OSError):
-                    os.unlink(address)  # later it may be the next llmswap's
         self.server.stop()
         start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:
@@ -9628,7 +9185,8 @@ class Application:
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self._received.add(0)
-        self._wakeup.send(b"\0")  # wakes `_next_signal`
+        with contextlib.suppress(BlockingIOError):  # full of signals, it does so, too
+            self._wakeup.send(b"\0")  # wakes `_next_signal`
 
 
 if __name__ == "__main__":
