@@ -2496,9 +2496,8 @@ class Upstream:
                     sock.close()
         if not was_used:
             sock = self.dial(10.0)
-            if self.is_tls:
-                sock.settimeout(POLL_INTERVAL)
-            else:
+            sock.settimeout(POLL_INTERVAL)
+            if not self.is_tls:
                 set_socket_timeouts(sock)
         self._active.add(sock)
         if self._is_closed:
@@ -3582,12 +3581,10 @@ class LlamaServerBackend(ProcessBackend):
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def _restore_context(self):
-        """Give the server, which is not in use yet, what was saved of its command.
-
-        It takes `stop-timeout` at most, nor longer than to process the prompts again.
-        Return False if it is to be started anew, without that: it died or refused some,
-        after which some builds answer nonsense.
-        """
+        """Give the server, which is not in use yet, what was saved of its command, in
+        `stop-timeout` and no longer than it takes to process the prompts again. Return
+        False if it is to be started anew, without that: it died or refused some, after
+        which some builds answer nonsense."""
         began = time.monotonic()
         self._restored = {}  # tokens by slot
         self._unused = 0  # the most of them, until an answer used some
@@ -4022,9 +4019,7 @@ def belongs_to(pid: int, groups: Set[int], units: Set[str]) -> bool:
     return is_in_unit or (stat is not None and stat.group in groups)
 
 
-def with_machine_budget(
-    written: Mapping[str, Optional[int]], machine: Mapping[str, int]
-) -> Dict[str, int]:
+def with_machine_budget(written: Mapping, machine: Mapping) -> Dict[str, int]:
     """Return a budget as written, with what the machine has where `auto` is written."""
     sizes = {**machine, **{n: size for n, size in written.items() if size is not None}}
     return {name: sizes[name] for name in written if name in sizes}
@@ -4092,9 +4087,8 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`, but what was raised because memory ran out: a
-    restart forgets that. `log(level, text)` must not block. Only `estimate` and `save`
-    do.
+    It is kept by command in `needs.json`; what was raised because memory ran out only
+    until the end. `log(level, text)` must not block. Only `estimate` and `save` do.
     """
 
     def __init__(self, directory: str, log):
@@ -4136,10 +4130,9 @@ class Needs:
     ) -> bool:
         """Take over the peak of a run; return whether that changes what is known.
 
-        A llama-server fits itself into the room that it finds: the peak of a run that
-        may have been squeezed is ignored if it is far below what is known. Only a run
-        that is over lowers what was measured, and none what was raised because memory
-        ran out.
+        A llama-server fits itself into the room that it finds: a peak that may have
+        been squeezed is ignored if it is far below what is known. Only a run that is
+        over lowers what was measured, and none what was raised for want of memory.
         """
         key = _command_key(model)
         known = self._known.get(key, Known(model.name))
