@@ -5828,6 +5828,11 @@ class Request(MessageHead):
 
 # -- bodies ----------------------------------------------------------------------------
 
+_LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
+_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
+_MODEL_FIELD = re.compile(
+    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
+)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
 _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
@@ -5873,6 +5878,10 @@ class Body:
     constructor raises UnsupportedCoding or PayloadTooLarge.
     """
 
+    model = None  # that it names, once `find_model` was called
+    members: Mapping[str, object] = {}  # of its JSON object
+    span = (0, 0)  # of the bytes in which a form has the model
+
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
@@ -5900,7 +5909,51 @@ class Body:
             self.held += self._next_piece()
         return self.is_complete
 
-    def decode(self):
+    def find_model(self, content_type: str, is_needed=True):
+        """Find the model that it names: JSON is read whole, a form as far as its field
+        `model`. If the model is not needed, a form is read no further than SMALL_BODY,
+        and what is no JSON object stays as it is."""
+        self._decode()
+        self.hold(1)
+        if not content_type.lower().startswith("multipart/form-data"):
+            return self._read_json(is_needed)
+        size, is_whole = SMALL_BODY, False
+        while not is_whole and self.model is None:
+            is_whole = self.hold(size) or not is_needed
+            self._search_form(content_type)
+            size *= 4
+
+    def _read_json(self, is_needed):
+        start = bytes(self.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf")
+        if not (start.startswith(b"{") or is_needed and start):
+            return
+        self.hold(sys.maxsize)
+        try:
+            members = _LENIENT.decode(str(self.held, "utf-8-sig"))
+            model = members.get("model")
+        except MALFORMED as error:
+            if is_needed:
+                raise BadRequest(f"the body is not a JSON object: {error}") from None
+            return
+        self.members, self.model = members, model if isinstance(model, str) else None
+
+    def _search_form(self, content_type):
+        """Find the part named `model` among those that are whole."""
+        boundary = _BOUNDARY.search(content_type)
+        if not boundary:
+            raise BadRequest("multipart/form-data without a boundary")
+        delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+        part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
+        for match in part.finditer(self.held):
+            if _MODEL_FIELD.search(match[1]):
+                start = match.end()
+                end = self.held.find(b"\r\n" + delimiter, start - 2)
+                if end >= 0:
+                    self.model = self.held[start:end].decode("utf-8", "replace")
+                    self.span = start, end
+                return  # if it is not whole, no later one is
+
+    def _decode(self):
         """Undo its content coding if it has one; then all of it is read."""
         if not self.coding:
             return
@@ -5937,79 +5990,6 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
-
-
-# -- the model's name ------------------------------------------------------------------
-
-
-class RequestInfo(NamedTuple):
-    """The `model` that a body names, and either the `members` of its JSON object or the
-    `span` of bytes in which a form has the model."""
-
-    model: Optional[str] = None
-    span: Tuple[int, int] = (0, 0)
-    members: Mapping[str, object] = {}
-
-
-def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return the model that the body of a request names.
-
-    A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, another body is not read, and a form no further than SMALL_BODY. Raise
-    BadRequest and what reading a Body may raise.
-    """
-    body.decode()
-    body.hold(1)
-    if not content_type.lower().startswith("multipart/form-data"):
-        return _find_in_json(body, is_needed)
-    size, is_whole, info = SMALL_BODY, False, RequestInfo()
-    while not is_whole and info.model is None:
-        is_whole = body.hold(size) or not is_needed
-        info = _find_in_form(body.held, content_type)
-        size *= 4
-    return info
-
-
-_LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
-
-
-def _find_in_json(body, is_needed):
-    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if not (is_object or is_needed and body.held):
-        return RequestInfo()
-    body.hold(sys.maxsize)
-    try:
-        members = _LENIENT.decode(str(body.held, "utf-8-sig"))
-        model = members.get("model")
-    except MALFORMED as error:
-        if is_needed:
-            raise BadRequest(f"the body is not a JSON object: {error}") from None
-        return RequestInfo()
-    model = model if isinstance(model, str) else None
-    return RequestInfo(model, members=members)
-
-
-_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
-_MODEL_FIELD = re.compile(
-    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
-)
-
-
-def _find_in_form(data, content_type):
-    """Find the part named `model` among those that are whole."""
-    boundary = _BOUNDARY.search(content_type)
-    if not boundary:
-        raise BadRequest("multipart/form-data without a boundary")
-    delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
-    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
-    for match in part.finditer(data):
-        if _MODEL_FIELD.search(match[1]):
-            start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
-            if end < 0:
-                break  # nor is any later one whole
-            model = data[start:end].decode("utf-8", "replace")
-            return RequestInfo(model, (start, end))
-    return RequestInfo()
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -7947,7 +7927,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.application.reload_if_changed()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
-        self.row, self.info, self.usage = None, RequestInfo(), Usage()
+        self.row, self.usage = None, Usage()
         try:
             self.parse_request()
             self._check_access()
@@ -8029,7 +8009,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
-        asked = self.info.model or head.parameter("model") or ""
+        members = self.body.members if self.body else {}
+        asked = (self.body and self.body.model) or head.parameter("model") or ""
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
             started=time.time(),
@@ -8040,7 +8021,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             path=head.path[:TEXT_LIMIT],
             asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=self.info.members.get("stream") is True,
+            stream=members.get("stream") is True,
         )
 
     # -- answers ---------------------------------------------------------------------
@@ -8302,7 +8283,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def change_model(self):
         """Begin to load or unload the model that the body names."""
-        model = self._resolve(find_model(self.body, "application/json").model)
+        self.body.find_model("application/json")
+        model = self._resolve(self.body.model)
         is_load = self.head.path == "/models/load"
         change = self.pool.load if is_load else self.pool.unload
         if not change(model):
@@ -8421,20 +8403,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
-        self._read_info(is_needed=False)
+        self.body.find_model(self.head.get("content-type"), is_needed=False)
         self._forward(path + query, refusal, preemptible=is_safe)
-
-    def _read_info(self, is_needed):
-        """Find the model in the body; GET, HEAD and upgrades have none."""
-        head = self.head
-        if head.method not in ("GET", "HEAD") and not head.is_upgrade:
-            self.info = find_model(self.body, head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        self._read_info(is_needed=not name)
-        name = self.info.model or name
+        self.body.find_model(self.head.get("content-type"), is_needed=not name)
+        name = self.body.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
@@ -8444,14 +8420,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _forward(self, target, refusal=None, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
         refusal = self._check_use(refusal)
-        idle_timeout = _idle_timeout_in(self.info.members)
+        idle_timeout = _idle_timeout_in(self.body.members)
         preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
             self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
         notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
-        is_stream = may_stream and self.info.members.get("stream") is True
+        is_stream = may_stream and self.body.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
             self.response.progress_event = self._progress_events().__next__
@@ -8506,23 +8482,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield as_event({**chunk, "choices": [choice]})
 
     def _upstream_request(self, target):
-        body, info, settings = self.body, self.info, self.model.settings
+        body, settings = self.body, self.model.settings
         held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
-        removed &= info.members.keys()
+        removed &= body.members.keys()
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if info.members and (removed or defaults or overrides):
+        if body.members and (removed or defaults or overrides):
             try:
-                held = edited_json(info.members, removed, defaults, overrides)
+                held = edited_json(body.members, removed, defaults, overrides)
             except RecursionError:
                 raise BadRequest("the body is nested too deep") from None
-        elif info.model is not None and settings.model_name:
-            start, end = info.span
+        elif body.model is not None and settings.model_name:
+            start, end = body.span
             held = held[:start] + settings.model_name.encode() + held[end:]
             length = length and length + len(held) - len(body.held)
         if body.is_complete:
