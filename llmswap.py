@@ -5886,16 +5886,16 @@ class Body:
         self._reader = reader
         self._limit = limit
         self._pieces = read_payload(reader, request)
-        self.length = request.length
+        self._length = request.length
         self.coding = request.get("content-encoding").lower()
         if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
-        self._check_size(self.length or 0)
+        self._check_size(self._length or 0)
         self._expects = request.get("expect").lower() == "100-continue"
         self.held = bytearray()
         self.received = 0  # bytes of payload
-        self.is_complete = self.length == 0
+        self.is_complete = self._length == 0
         self.on_tick = lambda: None  # called before each piece, and while none comes
 
     def _check_size(self, size):
@@ -5967,7 +5967,14 @@ class Body:
         self._check_size(len(self.held))
         if not decoder.eof or decoder.unused_data:
             raise BadRequest("the content coding of the body ends too early or late")
-        self.coding, self.length = "", len(self.held)
+        self.coding = ""
+
+    @property
+    def size(self) -> Optional[int]:
+        """Bytes of all that is to be sent; None: unknown."""
+        if self.is_complete:
+            return len(self.held)
+        return self._length and self._length - self.received + len(self.held)
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held as it arrives; then the body cannot be sent again."""
@@ -5988,7 +5995,7 @@ class Body:
             raise ClientDisconnected from None
         self.received += len(piece)
         self._check_size(self.received)
-        self.is_complete = not piece or self.received == self.length
+        self.is_complete = not piece or self.received == self._length
         return piece
 
 
@@ -6229,14 +6236,13 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it."""
+    """A request as the backend gets it, in chunks if the body's size is unknown. A body
+    that is not complete can be sent only once."""
 
     method: str
     target: str
     headers: Headers
-    held: bytes
-    length: Optional[int]  # of all of the body; None: unknown, sent chunked
-    rest: Optional[Body] = None  # reads what is not held; it can be sent only once
+    body: Body
 
 
 def relay(
@@ -6258,7 +6264,7 @@ def relay(
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
-    is_sent = outgoing.rest is None or outgoing.rest.is_complete
+    is_sent = outgoing.body.is_complete
     response.is_persistent = response.is_persistent and is_sent
     try:
         if answer.status == 101:
@@ -6283,7 +6289,7 @@ def _ask(outgoing, upstream, monitor):
             sock, was_used = upstream.connect()
         except OSError as error:
             raise BackendDied(f"the backend cannot be reached: {error}") from None
-        if was_used and outgoing.rest is not None:
+        if was_used and not outgoing.body.is_complete:
             upstream.drop(sock)
             continue
         reader = SocketReader(sock, monitor)
@@ -6303,19 +6309,19 @@ def _ask(outgoing, upstream, monitor):
 
 def _send(outgoing, upstream, sock, monitor):
     headers = [("host", upstream.authority), *outgoing.headers]
-    is_chunked = outgoing.length is None
+    size, held = outgoing.body.size, outgoing.body.held
+    is_chunked = size is None
     if is_chunked:
         headers.append(("transfer-encoding", "chunked"))
-    elif outgoing.length or outgoing.method in ("POST", "PUT", "PATCH"):
-        headers.append(("content-length", str(outgoing.length)))
+    elif size or outgoing.method in ("POST", "PUT", "PATCH"):
+        headers.append(("content-length", str(size)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
-    head, held = render_head(start, headers), outgoing.held
+    head = render_head(start, headers)
     if not is_chunked and len(held) < BUFFER_SIZE:
         head, held = head + held, b""  # one packet for most requests
-    rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
         send_all(sock, head, monitor)
-        for piece in filter(len, itertools.chain([held], rest)):
+        for piece in filter(len, itertools.chain([held], outgoing.body.rest())):
             send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
@@ -8367,7 +8373,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        self._relay(self._upstream_request(self.head.target), backend)
+        self._edit_body()
+        self._relay(self.head.target, backend)
 
     def _check_use(self, refusal):
         """Raise a refusal if the model is not loaded, and may not be by this request:
@@ -8432,7 +8439,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if notice == "reasoning" and path.endswith("/chat/completions"):
             self.response.progress_event = self._progress_events().__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(target)
+        self._edit_body()
+        may_repeat = self.body.is_complete and not refusal
         terms = self.model, self.response.heartbeat, preemptible, refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
@@ -8443,13 +8451,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    self._relay(outgoing, backend)
+                    self._relay(target, backend)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
                     has_died = backend.died(1.0)
-                    may_repeat = outgoing.rest is None and not refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
@@ -8481,9 +8488,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, target):
+    def _edit_body(self):
+        """Change the body as the model's settings say. Raise LoopDetected if it comes
+        from llmswap."""
         body, settings = self.body, self.model.settings
-        held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
@@ -8494,18 +8502,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             overrides = {**overrides, "model": settings.model_name}
         if body.members and (removed or defaults or overrides):
             try:
-                held = edited_json(body.members, removed, defaults, overrides)
+                body.held = edited_json(body.members, removed, defaults, overrides)
             except RecursionError:
                 raise BadRequest("the body is nested too deep") from None
         elif body.model is not None and settings.model_name:
             start, end = body.span
-            held = held[:start] + settings.model_name.encode() + held[end:]
-            length = length and length + len(held) - len(body.held)
-        if body.is_complete:
-            length, rest = len(held), None
-        return UpstreamRequest(self.head.method, target, [], held, length, rest)
+            body.held[start:end] = settings.model_name.encode()
 
-    def _relay(self, outgoing, backend):
+    def _relay(self, target, backend):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -8522,7 +8526,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        outgoing = outgoing._replace(headers=headers)
+        outgoing = UpstreamRequest(self.head.method, target, headers, self.body)
         relay(outgoing, backend, self.response, self._repair_for)
 
     def _repair_for(self, answer):
