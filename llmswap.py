@@ -141,6 +141,9 @@ class NotFound(APIError):
 class ModelNotFound(APIError):
     status, type, code = 404, INVALID, "model_not_found"
 
+class MethodNotAllowed(APIError):
+    status, type, code = 405, INVALID, "method_not_allowed"
+
 class ModelNotLoaded(APIError):
     status, type, code = 409, INVALID, "model_not_loaded"
 
@@ -215,8 +218,9 @@ SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
+PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+HOST = r"(?:\[([\w:.%]+)\]|([^\s\[\]:/?#*]+))"
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -231,9 +235,18 @@ def pattern(expected, regex, convert=lambda match: match[0]):
     return parse
 
 
-def or_none(word, parse):
-    """Return a parser that reads this word as None, and other texts with `parse`."""
-    return lambda text: None if text == word else parse(text)
+def either(word, value, parse):
+    """Return a parser that reads this word as `value`, and other texts with `parse`."""
+
+    def parse_either(text):
+        if text == word:
+            return value
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor {word!r}" if word else str(error)) from None
+
+    return parse_either
 
 
 def one_of(*words):
@@ -256,48 +269,30 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
-)
-parse_pin = pattern(
-    "on, off or loaded",
-    f"loaded|{BOOLEAN}",
-    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
+    "on or off",
+    f"(?i){'|'.join(TRUE_WORDS)}|off|false|0|disabled|no",
+    lambda match: match[0].lower() in TRUE_WORDS,
 )
 parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
 )
-
-
-def parse_url(text) -> str:
-    """Return the URL of a server: with a host, a valid port or none, and no query."""
-    is_usable = False
-    with contextlib.suppress(ValueError):  # of the port, or of a bracket
-        parts = urllib.parse.urlsplit(text)
-        is_usable = parts.hostname and parts.port != 0
-    if not is_usable or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
-    return text
-
-
-parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_mac = or_none("", pattern(
+parse_url = pattern(
+    "a URL such as http://127.0.0.1:8000",
+    rf"https?://{HOST}(?::(?!0)(?:{PORT}))?(?:/[^\s?#]*)?",
+)
+parse_host_port = pattern(
+    "an address such as 127.0.0.1:8080 or [::1]:8080",
+    f"{HOST}:({PORT})",
+    lambda match: (match[1] or match[2], int(match[3])),
+)
+parse_endpoint = either("none", None, pattern("a path such as /health", r"/\S*"))
+parse_mac = either("", None, pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
     lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
 ))
-
-
-def size_text(size) -> str:
-    """Return a size as people write it: the inverse of parse_size."""
-    unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
-    return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
-
-
-def resources_text(amounts) -> str:
-    """Return amounts as people write them: the inverse of parse_resources."""
-    return ", ".join(f"{name} {size_text(size)}" for name, size in amounts.items())
 
 
 def parse_words(text) -> tuple:
@@ -306,73 +301,68 @@ def parse_words(text) -> tuple:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-parse_host = pattern("a host name without a port", r"\*|[^\s/:*]+|\[[0-9a-f:.]+\]")
-parse_origin = pattern(
+def each(parse, container=tuple):
+    """Return a parser of the parts between commas."""
+    return lambda text: container(map(parse, parse_words(text)))
+
+
+parse_sets = each(lambda names: tuple(map(str.strip, names.split("+"))))
+parse_hosts = each(pattern(  # in lower case, as clients and browsers send names
+    "a host name without a port", rf"\*|{HOST}", lambda match: match[0].lower()
+))
+parse_origins = each(pattern(
     "localhost, * or an origin such as https://chat.example",
-    r"(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
-    lambda match: match[1],
-)
-
-
-def parse_hosts(text) -> tuple:
-    """Return the host names between commas, in lower case as clients send them."""
-    return tuple(map(parse_host, parse_words(text.lower())))
-
-
-def parse_origins(text) -> tuple:
-    """Return the web origins between commas, in lower case as browsers send them."""
-    return tuple(map(parse_origin, parse_words(text.lower())))
-
-
-def parse_resources(text, parse_amount=parse_size) -> dict:
-    """Return amounts by resource: "vram 18G, ram 4G"."""
-    amounts = {}
-    for part in parse_words(text):
-        match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
-        if not match or match[1] in amounts:
-            raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
-        amounts[match[1]] = parse_amount(match[2])
-    return amounts
-
-
-def parse_budget(text) -> dict:
-    """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
-    text = "vram auto, ram auto" if text == "auto" else text
-    amounts = parse_resources(text, or_none("auto", parse_size))
-    for name in amounts.keys() - {"vram", "ram"}:
-        if amounts[name] is None:
-            raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
-    return amounts
-
-
-def parse_sets(text) -> tuple:
-    """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
-    sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
-    if not all(name for names in sets for name in names):
-        raise ValueError(f"{text!r} are not sets such as a + b, a + c")
-    return tuple(sets)
-
+    r"(?i)(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
+    lambda match: match[1].lower(),
+))
 
 CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
-parse_capability = pattern(
+parse_capabilities = each(pattern(  # True by name; of `context`, the tokens
     f"one of {', '.join(CAPABILITIES)} or context 32768",
     rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
     lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
-)
+), dict)
 
 
-def parse_capabilities(text) -> dict:
-    """Return what a model can do: True by name; for `context` the number of tokens."""
-    return dict(map(parse_capability, parse_words(text)))
+def parse_resources(text, automatic=()) -> dict:
+    """Return amounts by resource: "vram 18G, ram 4G". Those that may be automatic are
+    None for "vram auto", all of them for "auto"."""
+    if text == "auto" and automatic:
+        return dict.fromkeys(automatic)
+    amounts = {}
+    for part in parse_words(text):
+        name, _, size = part.partition(" ")
+        if name in amounts:
+            raise ValueError(f"{name!r} is given twice")
+        is_auto = size == "auto" and name in automatic
+        amounts[name] = None if is_auto else parse_size(size.strip())
+    return amounts
+
+
+parse_budget = functools.partial(parse_resources, automatic=("vram", "ram"))
+
+
+def resources_text(amounts) -> str:
+    """Return amounts as people write them: the inverse of parse_resources."""
+    parts = []
+    for name, size in amounts.items():
+        unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
+        parts.append(f"{name} {size / 2 ** UNIT_POWERS[unit]:.4g}{unit}")
+    return ", ".join(parts)
+
+
+def parse_listen(text) -> tuple:
+    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
+    return tuple(
+        os.path.expanduser(part[len("unix:") :])
+        if re.match("unix:.", part) else parse_host_port(part)
+        for part in parse_words(text) or [""]
+    )
 
 
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
-    try:
-        value = json.loads(text or "{}")
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    value = json.loads(text or "{}")  # its ValueError names line and column
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
@@ -388,7 +378,11 @@ def parse_state_dir(text) -> str:
 parse_request = pattern(
     "a request such as POST /sleep?level=1",
     r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
-    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+    lambda match: (
+        match[1] or "POST",
+        match[2],
+        json.dumps(parse_object(match[3])) if match[3] else "",
+    ),
 )
 
 
@@ -396,30 +390,7 @@ def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
     parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
-    requests = tuple(map(parse_request, parts))
-    for _, _, body in requests:
-        parse_object(body)
-    return requests
-
-
-def parse_host_port(text) -> tuple:
-    """Return host and port: 127.0.0.1:8080, [::1]:8080."""
-    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not an address such as 127.0.0.1:8080")
-    return match[1] or match[2], int(match[3])
-
-
-def parse_listen(text) -> tuple:
-    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
-    addresses = tuple(
-        os.path.expanduser(part[len("unix:") :])
-        if re.match("unix:.", part) else parse_host_port(part)
-        for part in parse_words(text)
-    )
-    if not addresses:
-        raise ValueError("an address such as 127.0.0.1:8080 is missing")
-    return addresses
+    return tuple(map(parse_request, parts))
 
 
 # ---- Keys: one row is parser, default, help and example.ini ------------------------
@@ -452,18 +423,15 @@ PROXY_KEYS = (
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "which load together: `coder + embed, big + embed`; others are loaded alone"),
-    Key("cache-models", parse_boolean, "off",
-        "each model in llama.cpp's cache of downloads becomes a model"),
+    Key("cache-models", parse_boolean, "off", "llama.cpp's downloads become models"),
     Key("models-dir", parse_path, "", "every GGUF in it becomes a model"),
-    Key("llama-server", parse_path, "llama-server",
-        "the binary for models that name none"),
+    Key("llama-server", parse_path, "llama-server", "binary for models without one"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
         "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
         "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "",
-        "for requests that name no model; empty: the only model there is"),
-    Key("patience", or_none("auto", parse_duration), "auto",
+    Key("default-model", str, "", "for requests that name none; empty: the only model"),
+    Key("patience", either("auto", None, parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512",
@@ -474,8 +442,7 @@ PROXY_KEYS = (
     Key("allowed-hosts", parse_hosts, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_origins, "localhost",
-        "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
-        "always is"),
+        "web origins allowed beside our own: `localhost` (any port), a list, or `*`"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
@@ -522,12 +489,12 @@ MODEL_KEYS = (
     Key("keep-loaded", parse_boolean, "off",
         "load when llmswap starts, and again whenever it fits and nobody waits; "
         "requests for others may evict it; `idle-timeout` does not count"),
-    Key("pin", parse_pin, "off",
+    Key("pin", either("loaded", "loaded", parse_boolean), "off",
         "`on`: neither evicted nor unloaded when idle; `loaded`: not evicted while it "
         "is loaded, and requests for what does not fit beside it are refused"),
     Key("keep-context", parse_boolean, "off",
         "save llama-server's processed prompts at its stop, restore them at its start"),
-    Key("needs", or_none("auto", parse_resources), "",
+    Key("needs", either("auto", None, parse_resources), "",
         "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0", "requests at once, others wait; 0: no limit"),
@@ -540,13 +507,11 @@ MODEL_KEYS = (
     Key("hang-timeout", parse_duration, "60s",
         "restart after so long without an answer to a request and to health; 0: never, "
         "the default of `cmd` models"),
-    Key("wake-mac", parse_mac, "",
-        "send Wake-on-LAN to this address while the backend does not answer"),
+    Key("wake-mac", parse_mac, "", "send Wake-on-LAN here while the backend is silent"),
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
-    Key("default-params", parse_object, "",
-        "JSON object merged deep under requests, which override it"),
+    Key("default-params", parse_object, "", "JSON object merged deep under requests"),
     Key("set-params", parse_object, "", "JSON object merged deep over requests"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
@@ -589,12 +554,9 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def key_name(key, keys) -> Optional[str]:
-    """Return the name of this key, which may be a synonym, in `keys`, or None."""
-    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", key):
-        return key
-    name = SYNONYMS.get(key, key)
-    return name if name in keys else None
+def is_model_key(name) -> bool:
+    """Return whether llmswap, not llama-server, reads this key of a model."""
+    return bool(name in MODEL_KEY or re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", name))
 
 
 def suggestion(name, names) -> str:
@@ -622,16 +584,15 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (
-    *QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params"
-)
+WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params")
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key as it is written."""
+    """One `key = text`; `place` names file, line, section and key as it is written,
+    while `key` has dashes and is no synonym."""
 
     key: str
     text: str
@@ -683,16 +644,16 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     place = f"{place} [{section.name}] {key}"
     if section.name != "macros" and not key.startswith("env."):
         key = key.replace("_", "-")
-    keys = PROXY_KEY if section.name == "llmswap" else MODEL_KEY
-    name = "macro" if section.name == "macros" else key_name(key, keys)
+        key = SYNONYMS.get(key, key)
     if key == "cmd":
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-        lines = [line for line in lines if not line.startswith((";", "#"))]
-        text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
-    if name in WITHOUT_COMMENT:
+        lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
+        text = " ".join(filter(None, lines))
+    if key in WITHOUT_COMMENT:
         return Setting(key, text.strip(" \t"), place)
-    is_read_by_llama = name is None or name in SHARED_KEYS
-    comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
+    is_own = section.name in ("llmswap", "macros") or is_model_key(key)
+    is_shared = not is_own or key in SHARED_KEYS
+    comment = (LLAMA_COMMENT if is_shared else OWN_COMMENT).search(text)
     value = text[: comment.start() if comment else None].strip(" \t")
     if comment and (comment[0] in (";", "#") or value.count('"') % 2):
         warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
@@ -700,10 +661,13 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     return Setting(key, value, place)
 
 
-# ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
+# ---- Texts: with variables and macros as ${NAME}, some quoted as in a shell ----------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
-MACRO_DEPTH = 10  # how deep macros may use macros
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
 
 
 def expand(text, variables) -> str:
@@ -714,8 +678,6 @@ def expand(text, variables) -> str:
         if match[1] is None:
             return "${"
         if match[1] not in variables:
-            if match[1].startswith("env."):
-                raise ValueError(f"{match[1][len('env.') :]} is not in the environment")
             raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
         return str(variables[match[1]])
 
@@ -724,17 +686,15 @@ def expand(text, variables) -> str:
 
 def needs_port(text) -> bool:
     """Return whether ${PORT} stands in the text."""
-    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+    return "PORT" in VARIABLE.findall(text)
 
 
 def read_setting(key, setting, macros, variables, warn):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
-    `warn` is called for words of a command that only a shell understands.
-    """
+    """Return the value of the key, or raise ConfigError with the setting's place. A
+    text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
+    `warn` is called for words of a command that only a shell understands."""
     text = setting.text
-    for _ in range(MACRO_DEPTH):
+    for _ in range(10):  # so deep may macros use macros
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
     late = LATE_VARIABLES.get(key.name, {})
     try:
@@ -747,14 +707,6 @@ def read_setting(key, setting, macros, variables, warn):
         warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
              "run: write sh -c '...', and ${env.NAME} for $NAME")
     return text if late else value
-
-
-# ---- Commands: quoted as in a shell, though none runs them ---------------------------
-
-ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_SYNTAX = re.compile(
-    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
-)
 
 
 def split_words(text) -> list:
@@ -787,22 +739,19 @@ PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
-    """One option: its spellings in the order of --help, and how many values follow."""
+    """One option: its spellings in the order of --help, how many values follow, and
+    the variables of the environment that set it."""
 
     names: tuple
     negatives: tuple = ()
-    environment: Optional[str] = None
     values: int = 1
+    variables: Sequence[str] = ()
 
+    @property
     def keys(self):
-        """Yield every INI key of the option."""
-        if self.environment:
-            variable = self.environment.replace("_", "-")
-            yield variable
-            if self.negatives:
-                yield variable.replace("LLAMA-ARG-", "LLAMA-ARG-NO-", 1)
-        for name in self.names + self.negatives:
-            yield name.lstrip("-")
+        """The INI keys of the option."""
+        names = [*self.names, *self.negatives, *self.variables]
+        return [name.lstrip("-").replace("_", "-") for name in names]
 
     @property
     def name(self):
@@ -828,7 +777,7 @@ class OptionTable:
 
     def __init__(self, options=()):
         # as in llama.cpp, a later option takes a key from an earlier one
-        self.by_key = {key: option for option in options for key in option.keys()}
+        self.by_key = {key: option for option in options for key in option.keys}
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
@@ -865,14 +814,11 @@ class OptionTable:
             option = self.find(key)
             if option is None:
                 continue
-            other = first.setdefault(option.names[0], place)
-            if other != place:
-                written = other.rpartition(" ")[2]
-                yield f"{place}: the same option as {written}; this one counts"
-            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                is_proxy_key = key_name(key, PROXY_KEY)
-                why = "belongs in [llmswap]" if is_proxy_key else "not of a model"
-                yield f"{place}: {why}; it is ignored"
+            other = first.setdefault(option.names[0], key)
+            if other != key:
+                yield f"{place}: the same option as {other}; this one counts"
+            if not ROUTER_OPTIONS.isdisjoint(option.names):
+                yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -886,38 +832,32 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return why the key is wrong: `reason` and the nearest key or option."""
-    if key_name(key, PROXY_KEY):
+    if key in PROXY_KEY:
         return "belongs in [llmswap]"
-    near = suggestion(key, [*MODEL_KEY, *options])
-    return reason + (near.replace("-", "_") if "LLAMA-ARG" in near else near)
+    return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
-    """Return the options in the output of llama-server --help; None for other text.
-
-    A name in the first column begins an option; one blank and a hint after the last
-    name mean that it takes a value. Two words in capitals are two values. Of a flag's
-    further names, those with "no" are negatives.
-    """
+    """Return the options in the output of llama-server --help; None for other text. A
+    name in the first column begins an option; a hint one blank after the last name is
+    its value, two words in capitals are two. Of a flag's further names, those with "no"
+    are negatives."""
     options = []
     for match in OPTION_HELP.finditer(text):
         names, values = re.split(", +", match[1]), len((match[2] or "").split())
-        environment = re.search(r"\(env: (\w+)\)$", match[3])
+        variables = re.findall(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        variable = environment and environment[1]
-        options.append(Option(positives, negatives, variable, values))
-    table = OptionTable(options)
-    model, version = table.by_key.get("model"), table.by_key.get("version")
-    is_sane = model and model.values and version and not version.values
-    return table if is_sane and len(options) >= 150 else None
+        if negatives:
+            variables += [name.replace("_ARG_", "_ARG_NO_", 1) for name in variables]
+        options.append(Option(positives, negatives, values, variables))
+    return OptionTable(options) if len(options) >= 150 else None
 
 
 # ---- Models --------------------------------------------------------------------------
 
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
 # The keys whose change needs a new backend, by kind of model.
@@ -941,27 +881,21 @@ SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` n
 
 
 class Model(NamedTuple):
-    """One model as the file describes it.
-
-    `options` are layers of settings, the weakest first, each in the order of its keys.
-    They, the environment and commands may hold variables, which the methods expand.
-    `backends` are the ids of the models whose backend may serve it, the first one
-    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
-    folder of its saved contexts and ends in a slash; empty: none are saved.
-    """
+    """One model as the file describes it. Its options, environment and commands may
+    hold variables, which the methods expand."""
 
     name: str
     kind: str
     place: str
     settings: ModelSettings
-    options: tuple
+    options: tuple  # layers of settings, the weakest first, each in the order of keys
     variables: dict
-    backends: tuple
-    problem: Optional[str]
+    backends: tuple  # ids of the models whose backend may serve it, the best first
+    problem: Optional[str]  # why it cannot be used
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
-    context_dir: str = ""
+    context_dir: str = ""  # of its saved contexts, with a slash; empty: none are saved
 
     @property
     def has_auto_needs(self) -> bool:
@@ -971,7 +905,7 @@ class Model(NamedTuple):
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin is True
+        return self.settings.pin is True and not self.problem
 
     @property
     def launch(self) -> tuple:
@@ -1021,8 +955,7 @@ class Model(NamedTuple):
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
-        return with_environment(words)
+        return with_environment(self._words(self.settings.cmd_stop, PORT=port, PID=pid))
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -1041,26 +974,23 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return the model's name for files, or a hash if it cannot be one."""
+    """Return the model's name as it can be a file's: quoted as in a URL."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
-    if quoted.startswith(".") or len(quoted) > 100:
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-    return quoted
+    return re.sub("^[.]", "%2E", quoted)
 
 
-def has_source(keys) -> bool:
-    """Return whether one of llama-server's keys says where the model's file is."""
-    return any(SOURCE_KEY.fullmatch(key.replace("_", "-")) for key in keys)
+def has_source(settings) -> bool:
+    """Return whether one of these options says where the model's file is."""
+    return any(SOURCE_KEY.fullmatch(setting.key) for setting in settings)
 
 
 def split_settings(section):
-    """Return a section's settings by llmswap's key names, and its list of options."""
+    """Return a section's settings by key, and its list of options."""
     keys, options = {}, []
-    for spelling, setting in sorted(section.settings.items()):
-        name = key_name(spelling, MODEL_KEY)
-        if name:
-            keys[name] = setting
-        elif spelling not in IGNORED_KEYS:
+    for key, setting in sorted(section.settings.items()):
+        if is_model_key(key):
+            keys[key] = setting
+        elif key not in IGNORED_KEYS:
             options.append(setting)
     return keys, options
 
@@ -1077,9 +1007,9 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        proxy = self._own.get("proxy")
-        has_fixed_url = proxy and not needs_port(proxy.text)
-        is_remote = has_fixed_url and not has_source(each.key for each in options)
+        is_remote = "proxy" in self._own and not (
+            needs_port(self._own["proxy"].text) or has_source(options)
+        )
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1101,16 +1031,14 @@ class ModelBuilder:
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
-        settings, options = ModelSettings(**values), ()
-        if self._kind == "llama-server":
-            options = tuple(
-                [each._replace(text=self._option_text(each)) for each in layer]
-                for layer in self._layers
-            )
-        for setting, reason in self._mistakes(settings):
-            place = setting.place if setting else self._place
-            self._problems.append(f"{place}: {reason}")
-        problem = self._problems[0] if self._problems else None
+        settings = ModelSettings(**values)
+        layers = self._layers if self._kind == "llama-server" else ()
+        options = tuple(
+            [each._replace(text=self._option_text(each)) for each in layer]
+            for layer in layers
+        )
+        self._problems += map(": ".join, self._mistakes(settings))
+        problem = next(iter(self._problems), None)
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options,
@@ -1135,47 +1063,42 @@ class ModelBuilder:
         return os.path.expanduser(text)
 
     def _mistakes(self, settings):
-        """Yield what is wrong for this kind: the setting to blame, or None, and why."""
-        kind, own = self._kind, self._own
-        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
+        """Yield what is wrong for this kind: the place to blame, and why."""
+        kind, own, here = self._kind, self._own, self._place
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
         for setting in self._layers[-1] if kind != "llama-server" else ():
-            reason = f"options of llama-server cannot stand beside {kind}"
-            yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
+            why = f"options of llama-server cannot stand beside {kind}"
+            yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
             is_other_kind = name in EXCLUSIVE_KEYS and name != kind
             if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, f"cannot stand beside {kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+                yield setting.place, f"cannot stand beside {kind}"
+            elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
-        proxy, has_port = own.get("proxy"), needs_port(settings.proxy)
+        place = own["proxy"].place if "proxy" in own else here
+        has_port = needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
-        keys = {setting.key for layer in self._layers for setting in layer}
-        words = settings.extra_args.split()
-        keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
-        if kind == "llama-server" and not has_source(keys):
-            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+        if kind == "llama-server" and not any(map(has_source, self._layers)):
+            yield here, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
-            yield proxy, "the proxy of a llama-server needs ${PORT}"
+            yield place, "the proxy of a llama-server needs ${PORT}"
         if kind == "cmd" and has_port and not any(map(needs_port, texts)):
-            yield own["cmd"], "without ${PORT} it needs proxy = URL"
+            yield own["cmd"].place, "without ${PORT} it needs proxy = URL"
         if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
-            yield own[kind], "it must not be empty"
+            yield own[kind].place, "it must not be empty"
         if kind in ("unit", "remote") and has_port:
-            yield proxy, "it needs proxy = URL, without ${PORT}"
+            yield place, "it needs proxy = URL, without ${PORT}"
         if settings.proxy.rstrip("/").endswith("/v1"):
-            self._warn(f"{proxy.place}: what clients ask for begins with /v1 already")
+            self._warn(f"{place}: what clients ask for begins with /v1 already")
         if bool(settings.sleep) != bool(settings.wake):
-            yield None, "sleep and wake need each other"
-
-
-TAG = re.compile(r"[-.]([A-Z0-9_]+)\Z", re.IGNORECASE | re.ASCII)
+            yield here, "sleep and wake need each other"
 
 
 def canonical_name(name) -> str:
     """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
     head, colon, tag = name.rpartition(":")
-    match = TAG.search(tag)
+    match = re.search(r"(?ai)[-.]([A-Z0-9_]+)\Z", tag)
     tag = re.sub("[a-z]+", lambda part: part[0].upper(), match[1] if match else tag)
     return head + colon + tag if colon else name
 
@@ -1185,14 +1108,12 @@ def find_models(directory, place) -> dict:
     llama-server does. Raise OSError."""
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        paths, options = [entry.path], {}
-        if entry.is_dir():
-            with contextlib.suppress(PermissionError):  # lost+found, for one
-                paths = [os.path.join(entry.path, n) for n in os.listdir(entry.path)]
-        # llama-server wants the first file of a split model
-        firsts = [each for each in paths if "-00001-of-" in os.path.basename(each)]
-        for path in [*sorted(firsts), *sorted(paths)]:
-            match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
+        # of a split model, llama-server wants the first file
+        _, _, names = next(os.walk(entry.path), ("", (), ()))  # nothing for a file
+        names = sorted(names, key=lambda name: ("-00001-of-" not in name, name))
+        options = {}
+        for path in [os.path.join(entry.path, n) for n in names] or [entry.path]:
+            match = re.search(r"/(mtp-|dspark-|dflash-)?[^/]*\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
                 key = "mmproj" if "mmproj" in match[0] else key
@@ -1224,8 +1145,8 @@ def why_not_together(model, pinned, settings) -> Optional[str]:
     for name, limit in settings.budget.items():
         needed = sum((each.settings.needs or {}).get(name, 0) for each in models)
         if limit is not None and needed > limit:
-            return (f"{prefix} they need {name} {size_text(needed)}, "
-                    f"the budget is {size_text(limit)}")
+            need, budget = resources_text({name: needed}), resources_text({name: limit})
+            return f"{prefix} they need {need}, the budget is {budget}"
     return None
 
 
@@ -1251,10 +1172,10 @@ class Config(NamedTuple):
             return self.models[model_id]
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
-        near = suggestion(name, names)
+        near = suggestion(name, names) or ";"
         shown = ", ".join(listed[:8]) or "none"
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        text = f"there is no model {name!r}{near or ';'} there are {shown}{more}"
+        more = ", ..." if len(listed) > 8 else ""
+        text = f"there is no model {name!r}{near} there are {shown}{more}"
         raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
@@ -1266,11 +1187,10 @@ class Config(NamedTuple):
     def pitfalls(self, table_of: Callable) -> List[str]:
         """Return warnings of options that mean something else to llama.cpp;
         table_of(model) is the OptionTable of a llama-server model."""
-        warnings = {}  # used as a set that keeps its order
-        for model in self.models.values():
-            for layer in model.options:
-                warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
-        return list(warnings)
+        return list(dict.fromkeys(
+            warning for model in self.models.values() for layer in model.options
+            for warning in table_of(model).pitfalls(layer)
+        ))
 
 
 WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
@@ -1279,11 +1199,9 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 def load_config(
     path, listen=None, models_max=None, environ=os.environ, list_cached=lambda _: ()
 ) -> Config:
-    """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
-
-    `listen` and `models_max` override the file's. `list_cached(binary)` returns the
-    names of the models in llama.cpp's cache; it is called if they become models. Raise
-    ConfigError.
+    """Return the Config of a file, or of WITHOUT_FILE if `path` is None. `listen` and
+    `models_max` override the file's. `list_cached(binary)` returns the names of the
+    models in llama.cpp's cache and is called if they become models. Raise ConfigError.
     """
     data = WITHOUT_FILE
     if path is not None:
@@ -1304,13 +1222,11 @@ class ConfigLoader:
         self._list_cached = list_cached
         self._cached = ()  # names of the models in llama.cpp's cache
         self._environ = environ
-        self._warnings = {}  # used as a set that keeps its order
+        self._warnings = []
+        self._warn = self._warnings.append
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
-        for name, setting in macros.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
@@ -1327,37 +1243,30 @@ class ConfigLoader:
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            if model.problem:
-                continue
             reason = why_not_together(model, pinned, config.settings)
-            if reason:
-                problem = f"{model.place}: {reason}"
-                models[model.name] = model._replace(problem=problem)
+            if reason and not model.problem:
+                models[model.name] = model._replace(problem=f"{model.place}: {reason}")
             elif model.is_pinned:
                 pinned.append(model)
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(warnings=tuple(self._warnings), cached=self._cached)
-
-    def _warn(self, message):
-        self._warnings[message] = True
+        warnings = tuple(dict.fromkeys(self._warnings))
+        return config._replace(warnings=warnings, cached=self._cached)
 
     def _read_settings(self, overrides):
         star, written = self._sections["*"].settings, self._written
-        for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
-            if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                written["models-max"] = star.pop(key)  # often written there
+        if "models-max" in star and star["models-max"].text.isdigit():
+            written["models-max"] = star.pop("models-max")  # often written there
         if "llama-server" in star:
             written["llama-server"] = star["llama-server"]
-        for spelling, setting in self._sections["llmswap"].settings.items():
-            name = key_name(spelling, PROXY_KEY)
-            if name:
-                written[name] = setting
-            elif key_name(spelling, MODEL_KEY):
+        for key, setting in self._sections["llmswap"].settings.items():
+            if key in PROXY_KEY:
+                written[key] = setting
+            elif is_model_key(key):
                 raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
-            elif spelling not in IGNORED_KEYS:
-                near = suggestion(spelling, PROXY_KEY)
+            elif key not in IGNORED_KEYS:
+                near = suggestion(key, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
         for name, text in overrides.items():
             if text is not None:
@@ -1384,13 +1293,12 @@ class ConfigLoader:
             setting = self._written.get(name)
             if setting and setting.text and not keys:  # all would be open
                 raise ConfigError(f"{setting.place}: there is no key in it")
-        return tuple(dict.fromkeys(keys))
+        return keys
 
     def _build_models(self, settings):
         keys, options = split_settings(self._sections["*"])
-        for name in NOT_FOR_ALL:
-            if name in keys:
-                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
+        for name in keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
+            raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._written:
             keys.setdefault("llama-server", self._written["llama-server"])
         if None in settings.budget.values():
@@ -1408,8 +1316,8 @@ class ConfigLoader:
             if name not in self._sections:
                 model = model._replace(source=source)
             if model.kind == "llama-server" and model.settings.keep_context:
-                path = os.path.join(settings.state_dir, "context", folder_name(name))
-                model = model._replace(context_dir=f"{path}/")
+                path = f"{settings.state_dir}/context/{folder_name(name)}/"
+                model = model._replace(context_dir=path)
             models.append(model)
         if models and all(model.kind != "llama-server" for model in models):
             for setting in options:
@@ -1455,40 +1363,37 @@ class ConfigLoader:
         """Return the models by id, and fill `_names`: first with ids, then aliases,
         canonical names, repositories with one cached model, and names in lower case.
         A name keeps its first owner."""
-        self._names.update((model.name, model.name) for model in models)
-        named = {}
+        claims = [("the id", model.name, model) for model in models]
         for model in models:
-            aliases = tuple(
-                name for name in model.settings.alias
-                if name != model.name and self._register(name, model, "the alias")
-            )
-            named[model.name] = model._replace(aliases=aliases)
+            claims += [("the alias", name, model) for name in model.settings.alias]
         for model in sorted(models, key=lambda model: model.name, reverse=True):
-            self._register(canonical_name(model.name), model, "llama.cpp's name")
+            claims.append(("llama.cpp's name", canonical_name(model.name), model))
+        for label, name, model in claims:
+            owner = self._names.setdefault(name, model.name)
+            if owner != model.name:
+                self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register(self, name, model, label):
-        """Give the model the name if it is free; return whether the model has it."""
-        owner = self._names.setdefault(name, model.name)
-        if owner != model.name:
-            self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
-        return owner == model.name
+        return {
+            model.name: model._replace(aliases=tuple(
+                name for name in model.settings.alias
+                if name != model.name and self._names[name] == model.name
+            ))
+            for model in models
+        }
 
     def _resolve_names(self, config):
         """Return the settings with ids in the place of names of models."""
 
         def find(name, key):
-            model = config.models.get(config.find(name))
-            if model is None:
-                place = self._written[key].place
-                raise ConfigError(f"{place}: there is no model {name!r}")
-            return model
+            try:
+                return config.resolve(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"{self._written[key].place}: {error}") from None
 
         sets = []
         for names in config.settings.sets:
@@ -1567,7 +1472,7 @@ class ModelSpec(NamedTuple):
     models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
     unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
     `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room.
+    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
     """
 
     needs: Mapping[str, int] = {}
@@ -1580,6 +1485,7 @@ class ModelSpec(NamedTuple):
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
+    problem: Optional[APIError] = None
 
 
 class ModelUsage(NamedTuple):
@@ -1660,7 +1566,9 @@ class Ticket:
     it once its model would have to be loaded.
     """
 
-    def __init__(self, number, model, arrived, preemptible, manual, load_refusal):
+    def __init__(
+        self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
+    ):
         self.number = number
         self.model = model
         self.arrived = arrived
@@ -1693,14 +1601,14 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
+        self.is_released = False  # unloaded by hand: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
-        self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1737,8 +1645,13 @@ class ModelState:
     @property
     def is_stopping_soon(self) -> bool:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
-        reloaded = self.replacement is not None or self.removal_error is not None
-        return self.unload_by is not None or reloaded
+        return self.replacement is not None or self.unload_by is not None
+
+    def serves(self, ticket: Ticket) -> bool:
+        """Whether it is loaded or loads, and serves the ticket before it goes."""
+        is_up = self.state in (State.LOADING, State.LOADED)
+        is_younger = self.drains_for and self.drains_for.number < ticket.number
+        return is_up and not (is_younger or self.is_stopping_soon)
 
     def usage(self) -> ModelUsage:
         """What it takes of the limits now."""
@@ -1775,14 +1688,8 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
-        if self.keep_loaded_at < math.inf:
-            self.keep_loaded_at = -math.inf
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
-            self.keep_loaded_at = -math.inf
+        self.failures = 0
+        self.retry_at = self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1800,9 +1707,10 @@ class ModelState:
         return max(MIN_RETURN_GAP, 2 * max(short))
 
     def unload_at(self) -> float:
-        """When its idle time ends; inf: it is in use, or never unloads."""
+        """When its idle time ends; inf: it loads, is in use, or never unloads."""
+        is_in_use = self.in_flight or self.waiting or self.preemptible
         is_exempt = self.spec.is_pinned or self.spec.keep_loaded
-        if self.in_flight or self.waiting or self.preemptible or is_exempt:
+        if is_in_use or is_exempt or self.state is State.LOADING:
             return math.inf
         if self.idle_timeout is not None:
             return self.idle_since + self.idle_timeout
@@ -1853,6 +1761,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
@@ -1860,21 +1769,17 @@ class Scheduler:
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
-        self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
 
-    def submit(
-        self, name: str, now: float, preemptible=False, manual=False, load_refusal=None
-    ) -> Ticket:
-        """Queue a request for the model; the next `decide` may grant or refuse it."""
+    def submit(self, name: str, now: float, **kind) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it. For
+        its `kind` see Ticket."""
         model = self.models[name]
-        model.resume_keep_loaded()
-        self.resume_keep_loaded()
-        number = next(self._numbers)
-        ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
-        if manual:
+        model.is_released = self.is_keep_loaded_paused = False
+        ticket = Ticket(next(self._numbers), model, now, **kind)
+        if ticket.manual:
             model.reset_failures()
         else:
             model.record_arrival(now)
@@ -1896,24 +1801,16 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
-    def pause_keep_loaded(self):
-        """keep_loaded has no effect until the next request, or `resume_keep_loaded`."""
-        self._is_keep_loaded_paused = True
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again."""
-        self._is_keep_loaded_paused = False
-
-    def choose(self, names: Sequence[str]) -> Optional[str]:
+    def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
-        loaded, or None if a reload has removed all of them."""
-        models = [self.models[name] for name in names if name in self.models]
+        loaded."""
+        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
             for model in models:
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
-                    return model.name
-        return models[0].name if models else None
+                    return model
+        return models[0]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -1941,8 +1838,7 @@ class Scheduler:
                     # its next request is no quick return: a client that alternates
                     # between both models may have caused this load
                     victim.evicted_for = None
-                    if victim.pause_began is not None:
-                        victim.record_arrival(math.inf)
+                    victim.record_arrival(math.inf)
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
@@ -1950,12 +1846,11 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
-            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.is_released = False
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
@@ -1980,24 +1875,22 @@ class Scheduler:
         A load that ran out of memory beside other models is retried once, after the
         least recently used of them has stopped: then its name is returned.
         """
-        model = self._current(name, run)
-        victim = None
+        model, victim = self._current(name, run), None
         if model is None:
             return None
-        if model.state is State.UNLOADING and model.stop_cause != "crashed":
+        if model.stop_cause:  # it was told to stop
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
             victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
-                self.refuse_waiting(name, failure)
+                self._refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            moment = model.ready_at + MAX_BACKOFF
-            model.keep_loaded_at = max(model.keep_loaded_at, moment)
+            model.keep_loaded_at = model.ready_at + MAX_BACKOFF
         else:  # stopped by other means than llmswap
-            model.keep_loaded_at = math.inf
+            model.is_released = True
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2005,11 +1898,7 @@ class Scheduler:
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
-        is_wanted = any(
-            ticket.model is model and not ticket.load_refusal
-            for ticket in self._queue.values()
-        )
-        if not (is_first and model.needs_room and is_wanted):
+        if not (is_first and model.needs_room and model.waiting):
             return None
         candidates = (each for each in self.held.values()
                       if each is not model and self._is_evictable(each))
@@ -2021,9 +1910,7 @@ class Scheduler:
         Needs of a running model grow only as far as the budget has room beside all
         others. Call it again when one of those has exited.
         """
-        model = self.models.get(name)
-        if model is None:
-            return
+        model = self.models[name]
         if model.replacement is not None:
             model.replacement = model.replacement._replace(needs=needs)
             return
@@ -2038,10 +1925,8 @@ class Scheduler:
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
-        model = self.models.get(name)
-        if model is None or model.run != run or not model.is_held:
-            return None
-        return model
+        model = self.models[name]
+        return model if model.run == run and model.is_held else None
 
     def _end_run(self, model):
         """Reset the state of the run; a reload that waited for it takes effect."""
@@ -2050,9 +1935,7 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
-        if model.removal_error is not None:
-            del self.models[model.name]
-        elif model.replacement is not None:
+        if model.replacement is not None:
             model.spec, model.replacement = model.replacement, None
             model.reset_failures()
 
@@ -2064,19 +1947,19 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_loaded_at = math.inf
+        self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self.pause_keep_loaded()
+        self.is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
     def _unload(self, name, now, problem):
         model = self.models[name]
-        self.refuse_waiting(name, problem)
+        self._refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
             model.unload_by = now + model.spec.stop_timeout
         return model.is_held
@@ -2086,35 +1969,30 @@ class Scheduler:
         limits: Limits,
         specs: Mapping[str, ModelSpec],
         changed: Sequence[str],
-        removal_error: Callable[[str], APIError],
     ):
         """Take over a new configuration.
 
-        Backends in `changed` drain and are replaced, those not in `specs` drain and
-        stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
+        Backends in `changed` drain and are replaced. Those not in `specs` drain and
+        stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        for name, model in list(self.models.items()):
-            if name not in specs:
-                model.removal_error, model.replacement = removal_error(name), None
-                self.refuse_waiting(name, model.removal_error)
-                if not model.is_held:
-                    del self.models[name]
+        for name in self.models.keys() - specs.keys():
+            problem = ModelNotFound(f"{name!r} is no longer in the configuration")
+            specs = {**specs, name: ModelSpec(problem=problem)}
+            changed = [*changed, name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
-            is_replaced = model.replacement or model.removal_error
-            if model.is_held and (name in changed or is_replaced):
-                model.replacement, model.removal_error = spec, None
+            if model.is_held and (name in changed or model.replacement):
+                model.replacement = spec
             else:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.is_released = False
             if model.is_pinned:
                 model.drains_for = None
 
-    def refuse_waiting(self, name: str, problem: APIError):
-        """Refuse every ticket that waits for the model."""
+    def _refuse_waiting(self, name, problem):
         for ticket in list(self._queue.values()):
             if ticket.model.name == name:
                 self._refuse(ticket, problem)
@@ -2122,11 +2000,6 @@ class Scheduler:
     def close(self, problem: APIError):
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
-
-    def stop_all(self):
-        """Stop every backend now, in use or not."""
-        for model in self.held.values():
-            model.unload_by = -math.inf
 
     # -- counts ----------------------------------------------------------------------
 
@@ -2144,17 +2017,27 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
+
+        def changes(step):
+            before = self._count_changes()
+            step(now)
+            return self._count_changes() != before
+
         steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(step(now) for step in steps):
+        while any(map(changes, steps)):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
-        """Walk the queue once; return whether anything changed."""
+        """Walk the queue once."""
         self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
@@ -2165,7 +2048,6 @@ class Scheduler:
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2183,59 +2065,42 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != self._count_changes()
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
         model, limit = ticket.model, ticket.model.spec.concurrency
-        if model.state is not State.LOADED or model.is_stopping_soon:
-            return False
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or is_younger:
+        is_ready = model.state is State.LOADED and model.serves(ticket)
+        if not is_ready or self._closing_error or model.spec.problem:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
-        if self._closing_error or model.removal_error:
-            return self._closing_error or model.removal_error
+        problem = self._closing_error or (model.replacement or model.spec).problem
+        if problem:
+            return problem
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        is_up = model.state in (State.LOADING, State.LOADED)
-        if not is_up or model.is_stopping_soon or is_younger:
-            if ticket.load_refusal:
-                return ticket.load_refusal
+        if ticket.load_refusal and not model.serves(ticket):
+            return ticket.load_refusal
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        needed = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        is_hindered = pins and model.is_down and model.needs_room
+        if is_hindered and not self.limits.allow(needed):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unloading by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda unloaded: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in unloaded)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2276,7 +2141,7 @@ class Scheduler:
             self._start(model, now, ticket)
         elif is_full or self._awaits_retry(ticket):
             return
-        elif not self._fits(wanted, self._stopping.keys()):
+        elif not self._fits(wanted, self._stopping):
             self._evict(ticket, wanted, now)
         elif self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
@@ -2304,8 +2169,7 @@ class Scheduler:
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        if ticket:
-            self._spare_victims(ticket)
+        self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2328,9 +2192,9 @@ class Scheduler:
         if victims is None:
             return  # a pinned or reserved model is in the way
         moment = max(self._evictable_at(ticket, victim, now) for victim in victims)
-        gone_by_then = (m for m, at in self._stopping.items() if at <= moment)
+        stopped_by_then = (m for m, at in self._stopping.items() if at <= moment)
         demand = {ticket.model.name: wanted[ticket.model.name]}
-        if not self._fits(demand, victims.union(gone_by_then)):
+        if not self._fits(demand, victims.union(stopped_by_then)):
             moment = max([moment, *self._stopping.values()])
         self._stopping.update(dict.fromkeys(victims, moment))
         if moment > now:
@@ -2360,27 +2224,24 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return whether it
-        did. A later ticket that needs the room stops such a load at once."""
-        if self._queue or self._closing_error or self._is_keep_loaded_paused:
-            return False
-        wanted = [model for model in self.models.values() if model.spec.keep_loaded]
-        for model in wanted:
+        """If no ticket waits, start the keep_loaded models that fit. A later ticket
+        that needs the room stops such a load at once."""
+        if self._queue or self._closing_error or self.is_keep_loaded_paused:
+            return
+        for model in self.models.values():
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
-            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
-            if not (is_missing and model.is_down):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
+            wanted = {model.name: model.usage_when_loaded()}
+            if is_wanted and is_missing and self._fits(wanted):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
-                    return True
-                self._look_again_at(moment)
-        return False
+                else:
+                    self._look_again_at(moment)
 
     def _stop_models(self, now):
-        """Stop every model that has drained or idled long enough; return if any."""
-        before = len(self._decisions)
+        """Stop every model that has drained or idled long enough."""
         for model in self.held.values():
             cause, moment = self._stop_due(model)
             if now < moment:
@@ -2395,23 +2256,21 @@ class Scheduler:
             model.stop_cause = "sleep" if to_sleep else cause
             stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
             self._decisions.append(stop)
-        return len(self._decisions) != before
 
     def _stop_due(self, model):
         """Return why the model is to be stopped, and when; inf: not for now."""
-        is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
             return None, math.inf
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
-            by = -math.inf if is_loading else min(model.unload_by, once_drained)
-            return cause, by
+            return cause, min(model.unload_by, once_drained)
         if model.is_stopping_soon:
             return "reload", once_drained
         if model.drains_for:
+            is_loading = model.state is State.LOADING
             return "abandoned" if is_loading else "evicted", once_drained
-        return "idle", math.inf if is_loading else model.unload_at()
+        return "idle", model.unload_at()
 
 
 # ==================================================================================
@@ -2435,7 +2294,6 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
 PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
-MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
@@ -2471,15 +2329,13 @@ def read_text_or_empty(path):
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
     the kernel does not tell, so that any listener is believed."""
-    exact, wild = set(), set()
+    inodes = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
             for address, inode in _listeners(family, port):
-                if address == b"\x7f\0\0\1":
-                    exact.add(inode)
-                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                    wild.add(inode)
-    return exact or wild
+                if not any(address) or address.endswith(b"\x7f\0\0\1"):
+                    inodes.add(inode)
+    return inodes
 
 
 def _listeners(family, port):
@@ -2509,7 +2365,7 @@ def _listeners(family, port):
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    for pid in itertools.chain(likely, (pid for pid, _ in processes())):
+    for pid in itertools.chain(likely, processes()):
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2519,14 +2375,8 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     return None
 
 
-class ProcessStat(NamedTuple):
-    """What /proc says: `start` is in ticks since boot, `resident` in pages."""
-
-    state: str
-    group: int
-    session: int
-    start: int
-    resident: int
+# What /proc says of a process: `start` in ticks since boot, `resident` in pages.
+ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
@@ -2537,13 +2387,26 @@ def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
 
 
-def processes() -> Iterable[Tuple[int, ProcessStat]]:
-    """Yield each process there is; none without /proc."""
+def processes() -> List[int]:
+    """Return all processes there are; none without /proc."""
     with contextlib.suppress(OSError):  # not Linux, or no descriptor is left
-        for name in os.listdir("/proc"):
-            stat = process_stat(name) if name.isdigit() else None
-            if stat:
-                yield int(name), stat
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return []
+
+
+def group_members(group: Optional[int]) -> Set[int]:
+    """Return the processes of a process group, the dead that are not reaped, too."""
+    members = set()
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == group:
+                members.add(pid)
+    return members
+
+
+def process_name(pid: int) -> str:
+    """Return the number and the name of a process, for people."""
+    return f"process {pid} ({read_text_or_empty(f'/proc/{pid}/comm').strip() or '?'})"
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2563,10 +2426,9 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
-        elif child_stat.session != owner.session and child_stat.group != owner.group:
+        elif child_stat.session != owner.session:
             if not may_hide or owner.start < child_stat.start:
-                name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
-                return f"process {holder} ({name})"
+                return process_name(holder)
     return None
 
 
@@ -2590,7 +2452,7 @@ class Upstream:
         self.port = parts.port or (443 if self.is_tls else 80)
         self.authority = parts.netloc.rpartition("@")[2]
         self.base_path = parts.path.rstrip("/")
-        self._idle = collections.deque()
+        self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
@@ -2602,10 +2464,9 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        suspended = suspended_seconds()
-        if suspended > self._suspended + 1.0:
+        if not self.seen_within(math.inf):
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -2618,10 +2479,9 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        if self._tls is None:
-            import ssl
+        import ssl
 
-            self._tls = ssl.create_default_context()
+        self._tls = self._tls or ssl.create_default_context()
         names = {"server_hostname": self.host, "suppress_ragged_eofs": False}
         return self._tls.wrap_socket(sock, **names)
 
@@ -2653,10 +2513,7 @@ class Upstream:
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self.mark_alive()
-        if len(self._idle) >= IDLE_CONNECTIONS:
-            sock.close()
-        else:
-            self._idle.append(sock)
+        self._idle.append(sock)
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2692,10 +2549,10 @@ def set_socket_timeouts(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+def await_event(file, event: int, seconds: float) -> bool:
     """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, event)
+    waiter.register(file, event)
     return bool(waiter.poll(seconds * 1000))
 
 
@@ -2826,8 +2683,8 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
-    deadline, guard = time.monotonic() + timeout, Guard.current or Guard()
+    options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
+    guard, deadline, output = Guard.current or Guard(), time.monotonic() + timeout, None
     try:
         guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
@@ -2835,7 +2692,6 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         return None, f"{argv[0]}: {error.strerror}"
     guard.watch(process.pid)
     with process.stdout:
-        output = None
         while output is None:
             is_over = process.poll() is not None or until()
             is_over = is_over or time.monotonic() >= deadline
@@ -2872,21 +2728,19 @@ def options_of(binary: str) -> OptionTable:
         if time.monotonic() >= ask_again_at:
             ours = clean_environment({}).items()
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
-            argv, no_log = [path, "--help"], subprocess.DEVNULL
-            status, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            was_killed = status is None
-            table = None if was_killed else parse_help(text)
-            options = table or UNKNOWN_OPTIONS
-            pause = ASK_AGAIN_AFTER if was_killed else math.inf
-            _options[key] = options, time.monotonic() + pause
+            status, text = run_command([path, "--help"], 10.0, env=env)
+            if status is None:
+                ask_again_at = time.monotonic() + ASK_AGAIN_AFTER
+            else:
+                options, ask_again_at = parse_help(text) or UNKNOWN_OPTIONS, math.inf
+            _options[key] = options, ask_again_at
         return options
 
 
 def cached_models(binary: str) -> Optional[List[str]]:
     """Return llama.cpp's downloads, each as user/repo:TAG; None if the binary does not
     tell. It takes 10 s at most."""
-    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
-    status, text = run_command(argv, 10.0, stderr=no_log)
+    status, text = run_command([binary, "--cache-list"], 10.0)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else None
 
 
@@ -2977,20 +2831,19 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    _lateness = "was not ready and showed no sign of progress"
-
-    def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
+    def __init__(self, model: Model, listener, place: str = ""):
         self.model = model
-        self.upstream = upstream
+        self.upstream = Upstream(model.url("")) if place else None
         self.pid = None  # of its main process, once known
-        self.port = upstream and upstream.port
-        self.location = None  # pid and port, unit or URL, for people
+        self.port = self.upstream and self.upstream.port
+        self.location = place  # pid and port, unit or URL, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
-        self._title = model.name
+        self._title = f"{model.name} ({place})" if place else model.name
+        self._load_timeout = model.settings.load_timeout or math.inf
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
@@ -3000,7 +2853,7 @@ class Backend:
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
         self._stranger = None  # the process that has its port, for people
-        self._own_inodes, self._may_hide = None, True  # of its listeners
+        self._own_inodes = None  # of its listeners
         self._sleep_poll, self._is_asleep = math.inf, False
         self._is_ready = self._is_stop_asked = self._is_kill_asked = False
         self._is_saving = False  # its context, though it is asked to stop
@@ -3013,7 +2866,7 @@ class Backend:
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
-        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_kill_asked |= at_once
         self._is_stop_asked = True
         self._interrupt()
 
@@ -3036,12 +2889,7 @@ class Backend:
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
-        if self._ended.is_set():
-            return False
-        if not self.upstream.seen_within(math.inf):  # this machine was suspended
-            if not self._probe(HEALTH_TIMEOUT).ok:
-                self.report_stall()
-        return True
+        return not self._ended.is_set()
 
     def record_answer(self, usage):
         """A request was answered: see LlamaServerBackend."""
@@ -3097,7 +2945,6 @@ class Backend:
     def _load_and_report(self):
         self._is_ready = self._load()
         if self._is_ready:
-            self.upstream.mark_alive()
             self._report_loaded()
 
     def _load(self):
@@ -3106,9 +2953,6 @@ class Backend:
         self._spawn()
         self._progress_at = time.monotonic()
         return self._await_healthy()
-
-    def _abandon(self):
-        self._terminate()
 
     def _is_alive(self):
         return not self._is_stop_asked and not self._exited.is_set()
@@ -3136,7 +2980,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(max(0.0, seconds), MAX_DURATION))
+        self._wakeup.wait(min(seconds, MAX_DURATION))
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -3150,11 +2994,11 @@ class Backend:
         `timeout` is for each part of the answer. `stop` and the end of the backend end
         it, too. A health check fails where another process listens.
         """
-        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
+        settings, timeout = self.model.settings, max(0.001, timeout)
+        method, path, body = request or ("GET", settings.check_endpoint, "")
         headers = {"Connection": "close"}
-        if self.model.settings.proxy_key:
-            key = self.model.settings.proxy_key.encode()
-            headers["Authorization"] = b"Bearer " + key
+        if settings.proxy_key:
+            headers["Authorization"] = f"Bearer {settings.proxy_key}".encode()
         if body:
             headers["Content-Type"] = "application/json"
         sock = None
@@ -3187,14 +3031,14 @@ class Backend:
     def _await_healthy(self):
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
-        limit = self.model.settings.load_timeout or math.inf
-        self._began = self._looked_at = time.monotonic()
+        limit = self._load_timeout
+        began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
-        self._model_size, self._seen_activity = 0, set()
+        self._model_size = self._most_activity = 0
         while self._may_become_ready():
             asked_at = time.monotonic()
-            timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
-            probe = self._probe(max(0.001, timeout))
+            left = self._progress_at + limit - asked_at
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
@@ -3204,11 +3048,11 @@ class Backend:
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
             if now >= self._progress_at + limit:
-                text = f"{self._title} {self._lateness} for {limit:g} s"
+                text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
-            self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
+            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
         return False
 
     def _look_at_load(self):
@@ -3220,18 +3064,17 @@ class Backend:
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
         self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = descendants(self.pid) if self.pid else []
+        family = group_members(self.pid)
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
-        activity = memory >> 20, read >> 20  # a few pages are no progress
-        if self._seen_activity and activity not in self._seen_activity:
-            self._progress_at = self._looked_at  # values seen before are no progress
-        self._seen_activity.add(activity)
+        activity = memory + read >> 20  # a few pages are no progress
+        if activity > self._most_activity:
+            self._most_activity, self._progress_at = activity, self._looked_at
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
-            share = min(MAX_BEFORE_READY, round(memory / self._model_size, 3))
+            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3240,39 +3083,34 @@ class Backend:
         limit, is_answered = self.model.settings.hang_timeout, False
         until = self._silent_since + limit
         while not is_answered and self._is_alive() and time.monotonic() < until:
-            probe = self._probe(until - time.monotonic())
-            is_answered = probe.status is not None
-            if getattr(probe.error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                is_answered = True  # we have no descriptor left: it is not to blame
+            is_answered = self._probe(until - time.monotonic()).status is not None
             if not is_answered:
                 self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
         is_answered = is_answered or self.upstream.seen_within(limit)
         if not is_answered and self._is_alive():
-            self._give_up(limit)
+            self._give_up()
 
-    def _give_up(self, limit):
+    def _give_up(self):
         self._is_ready = False  # it is killed, as it would not hear a SIGTERM
         self._report_death()
+        limit = self.model.settings.hang_timeout
         raise LoadFailed(
             f"{self._title} hung: neither a request nor {limit:g} s of health "
             f"checks were answered; it is stopped{self._last_lines()}"
         )
 
     def _is_listener_ours(self):
-        """Return whether its port is served by its processes; else name the stranger. A
-        listener that was once seen to be theirs may not hide later."""
+        """Whether its port is served by its own processes; else set `_stranger`."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
+        may_hide = self.model.kind != "llama-server"
         for _ in range(2):  # the first may be the child's, which has just ended
             self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes == self._own_inodes:
-                return True
-            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+            if inodes != self._own_inodes:
+                self._stranger = foreign_listener(inodes, self.pid, may_hide)
             if self._stranger is None:
                 self._own_inodes = inodes
-                if inodes and self._may_hide:
-                    self._may_hide = bool(foreign_listener(inodes, self.pid, False))
                 return True
         return False
 
@@ -3284,21 +3122,15 @@ class Backend:
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
             with contextlib.suppress(*MALFORMED):
                 row = json.loads(probe.body)["data"][0].items()
-                row = {name: value for name, value in row if value is not None}
-                parts = {**row.get("meta", {}), **row.get("architecture", {})}
-                set(parts.get("input_modalities", ()))  # raises if it is no list
-                entry = row
+                entry = {name: value for name, value in row if value is not None}
         self._listener.on_described(self, entry)
 
     # -- sleep
 
     def _probe_all(self, timeout, requests):
         """Send requests in order; return whether all were answered 200 in time."""
-        deadline = time.monotonic() + timeout
-        return all(
-            self._probe(max(0.001, deadline - time.monotonic()), request).ok
-            for request in requests
-        )
+        end = time.monotonic() + timeout
+        return all(self._probe(end - time.monotonic(), each).ok for each in requests)
 
     def _put_to_sleep(self):
         if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
@@ -3308,10 +3140,9 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        limit = self.model.settings.load_timeout or math.inf
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(limit, MAX_WAIT), requests):
+        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         self._is_asleep = False
@@ -3320,7 +3151,9 @@ class Backend:
         elif not self._is_stop_asked:
             self._note("it did not wake up")
             self._is_ready = False
-            self._abandon()
+            self._terminate()
+            if self._probe(HEALTH_TIMEOUT).ok:  # it is remote, and its machine is awake
+                raise LoadFailed(f"{self._title} did not wake up")
             self._load_and_report()
 
     def _look_asleep(self):
@@ -3346,16 +3179,8 @@ class ProcessBackend(Backend):
         self.lines = collections.deque(maxlen=200)
         self._guard = guard
         self._settle_timeout = settle_timeout
-        self._process = None
-        self._exit_status = None
-        self._lock = threading.Lock()  # of killing the group and reaping its leader
+        self._process = None  # the last that was started
         self._partial_line = b""  # of its output: a line without an end
-
-    def stop(self, at_once=False):
-        """End it: within its stop timeout if it is loaded, else by a kill."""
-        super().stop(at_once)
-        if at_once or not (self._is_ready or self.model.settings.cmd_stop):
-            self._signal_group(signal.SIGKILL)
 
     # -- load
 
@@ -3366,7 +3191,8 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            may_repeat = is_healthy or self._stranger and self._is_port_chosen
+            is_port_chosen = self.upstream.port == self.port
+            may_repeat = is_healthy or self._stranger and is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
@@ -3375,37 +3201,28 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        try:
-            argv = self._command()
-            self.upstream = Upstream(model.url(str(self.port)))
-        except ConfigError as error:
-            raise LoadFailed(str(error)) from None
-        self._is_port_chosen = self.upstream.port == self.port
+        cwd, output = model.settings.cwd or None, subprocess.STDOUT
+        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
+        argv = self._command()
+        self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
-        self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
         self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        options = {"start_new_session": True, **output, **self._surroundings}
-        process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
-        self.pid = process.pid
+        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE}
+        options = {"start_new_session": True, **files, **self._surroundings}
+        self._process = subprocess.Popen(argv, **options)
+        self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        with self._lock:
-            self._process = process
         try:
             start_thread(self._watch_process, "process")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
-        if self._is_stop_asked:  # `stop` may have come before there was a process
-            self.stop(self._is_kill_asked)
 
     def _command(self):
         return self.model.command(table_of(self.model), str(self.port))
@@ -3423,14 +3240,12 @@ class ProcessBackend(Backend):
         if exit_fd is not None:
             poll.register(exit_fd, select.POLLIN)
         try:
-            has_exited = False
-            while not has_exited:
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
+            while os.waitid(os.P_PID, self.pid, how) is None:
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
-                has_exited = os.waitid(os.P_PID, self.pid, how) is not None
-            for _ in range(16):  # a pipe holds a megabyte; others may write for ever
+            for _ in range(128):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
             if self._partial_line:
@@ -3443,10 +3258,9 @@ class ProcessBackend(Backend):
 
     def _read_output(self, fd):
         """Return what could be read; None if there is nothing now, b"" at the end."""
-        try:
-            data = os.read(fd, 65536)
-        except BlockingIOError:
-            return None
+        data = None
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(fd, MAX_LINE // 2)
         if data:
             self._take_lines(data)
             self._progress_at = time.monotonic()
@@ -3456,27 +3270,20 @@ class ProcessBackend(Backend):
 
     def _take_lines(self, data):
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE:
+        if len(self._partial_line) > MAX_LINE // 2:
             lines, self._partial_line = [*lines, self._partial_line], b""
         for line in lines:
-            for start in range(0, len(line) or 1, MAX_LINE):
-                text = line[start : start + MAX_LINE].decode("utf-8", "replace")
-                self.lines.append(text.rstrip("\r"))
-                self._listener.on_line(self, self.lines[-1])
+            self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
+            self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
-        """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_alive = self._is_alive()
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_alive and is_early and not self._is_port_chosen:
-            self._stranger = None
-        return is_alive and not self._stranger
+        return self._is_alive() and not self._stranger
 
     # -- stop
 
     def _terminate(self):
         """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             return
         self.upstream.close()
         status, timeout = None, self.model.settings.stop_timeout
@@ -3506,31 +3313,28 @@ class ProcessBackend(Backend):
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
-        process = self._process
-        gpu_users = group_members(self.pid) if has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        with self._lock:
-            self._exit_status, self._process = process.wait(), None
+        self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        process.stdout.close()
+        self._process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
     def _signal_group(self, number):
-        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process is not None:  # else its number may be another's
-                os.killpg(self.pid, number)
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, number)
 
     def _failure(self):
         self._terminate()
-        status = self._exit_status
+        status = self._process.returncode
         why = f"exited with status {status}"
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
@@ -3544,13 +3348,12 @@ class ProcessBackend(Backend):
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
         self._terminate()
-        text = "\n".join([line for line in list(self.lines) if line.strip()][-10:])
+        text = "\n".join([line for line in self.lines if line.strip()][-10:])
         return f"\n{text[-3000:]}" if text else ""
 
 
 def open_pidfd(pid: int) -> Optional[int]:
-    """Return a descriptor that is readable once the process has ended, if there can be
-    one."""
+    """Return a descriptor that is readable once the process has ended, or None."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -3566,8 +3369,8 @@ def _is_group_alive(group):
         os.killpg(group, 0)
     except OSError:
         return False
-    states = [stat.state for _, stat in processes() if stat.group == group]
-    return any(state not in "ZX" for state in states)
+    stats = filter(None, map(process_stat, group_members(group)))
+    return any(stat.state not in "ZX" for stat in stats)
 
 
 def memory_of(pid: int) -> Dict[str, int]:
@@ -3649,10 +3452,9 @@ class ContextStore:
         with self._lock:
             self._folders = {each.context_dir for each in config.models.values()} - {""}
             self._limit = config.settings.context_max
-            is_first = not self._root
             self._root = os.path.join(config.settings.state_dir, "context")
             with contextlib.suppress(OSError, *MALFORMED):
-                if is_first:
+                if not self._saved:
                     with open(f"{self._root}/manifest.json", "rb") as file:
                         rows = json.load(file).items()
                     self._saved = {path: _saved_context(*row) for path, row in rows}
@@ -3669,10 +3471,9 @@ class ContextStore:
     def pop(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
-                self._update()
-            return saved or SavedContext()
+            saved = self._saved.pop(folder, SavedContext())
+            self._update()
+            return saved
 
     def put(self, folder: str, context: SavedContext):
         """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
@@ -3686,10 +3487,7 @@ class ContextStore:
             if folder not in self._folders or size > self._limit:
                 del self._saved[folder]
                 discard(path for _, path, _ in context.slots)
-        path = f"{self._root}/manifest.json"
-        with open(f"{path}.new", "w", opener=open_private) as file:
-            json.dump(self._saved, file)
-        os.replace(file.name, path)
+        write_json(f"{self._root}/manifest.json", self._saved)
 
 
 def _saved_context(command, speed, size, slots):
@@ -3698,9 +3496,14 @@ def _saved_context(command, speed, size, slots):
     return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
-def open_private(path: str, flags: int) -> int:
-    """Open a file that only this user may read, if it is new."""
-    return os.open(path, flags, 0o600)
+open_private = functools.partial(os.open, mode=0o600)  # by this user, if it is new
+
+
+def write_json(path: str, value):
+    """Replace a file at once by one that only this user may read. Raise OSError."""
+    with open(f"{path}.new", "w", opener=open_private) as file:
+        json.dump(value, file, indent=1)
+    os.replace(file.name, path)
 
 
 def discard(paths: Iterable[str]):
@@ -3773,9 +3576,8 @@ class LlamaServerBackend(ProcessBackend):
         """Return what changes with the command, its environment, binary or models."""
         cwd = self.model.settings.cwd
         paths = [find_program(argv[0], self._surroundings["env"], cwd)]
-        for option, path in zip(argv, argv[1:]):
-            if option == "--model" or path.endswith(".gguf"):
-                paths.append(os.path.join(cwd, path))
+        paths += [os.path.join(cwd, path) for option, path in zip(argv, argv[1:])
+                  if option == "--model" or path.endswith(".gguf")]
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
         files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
@@ -3877,11 +3679,9 @@ class LlamaServerBackend(ProcessBackend):
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
-        name = re.escape(self._files + folder_name(self.model.name))
-        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
-        with contextlib.suppress(OSError):
-            paths = {each.path for each in os.scandir(self._files)}
-            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
+        name = glob.escape(self._files + folder_name(self.model.name))
+        paths = glob.glob(f"{name}.[0-9]*.{'[0-9a-f]' * 8}")
+        discard(set(paths) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -3895,7 +3695,7 @@ class LlamaServerBackend(ProcessBackend):
         if path:
             body = json.dumps({"filename": os.path.basename(path)})
             request = "POST", target, body
-        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
+        probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
         text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
@@ -3925,11 +3725,6 @@ _GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their 
 }  # fmt: skip
 
 
-def has_gpu_tool() -> bool:
-    """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, _GPU_QUERIES["use"]))
-
-
 def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
@@ -3937,8 +3732,7 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     rows = []
     for tool, (options, row, units) in _GPU_QUERIES[query].items():
         if shutil.which(tool):
-            command = [tool, *options]
-            _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
+            _, text = run_command([tool, *options], timeout)
             for match in re.finditer(row, text, re.MULTILINE):
                 cells = zip(match.groups("0"), units)
                 rows.append(tuple(int(cell) * unit for cell, unit in cells))
@@ -3948,15 +3742,9 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
-        name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
-        return f"process {pid} ({name}) holds GPU memory"
+        return f"{process_name(pid)} holds GPU memory"
     use = max((use for use, in ask_gpus("use")), default=0)
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
-
-
-def group_members(group: int) -> Set[int]:
-    """Return the processes of a process group, the dead that are not reaped, too."""
-    return {pid for pid, stat in processes() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
@@ -3971,7 +3759,7 @@ def settle(pids: Set[int], timeout: float):
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     sizes = collections.Counter()
-    for _, stat in processes():
+    for stat in filter(None, map(process_stat, processes())):
         sizes[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return sizes
 
@@ -4002,26 +3790,20 @@ def systemctl(unit: str, verb: str, *options: str) -> List[str]:
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units that run. Takes seconds for each if systemd hangs, but
-    ends at `gives_up()`."""
-    running = set()
-    for unit in units:
-        argv = systemctl(unit, "is-active")
-        _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
-        if state in RUNNING:
-            running.add(unit)
-        if gives_up():
-            break
-    return running
+    """Return those of the units that run, soon once `gives_up()`; takes seconds for
+    each if systemd hangs."""
+
+    def state(unit):
+        return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
+
+    return {unit for unit in units if state(unit) in RUNNING}
 
 
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
     def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.settings.unit
-        self._title = f"{model.name} ({self.location})"
+        super().__init__(model, listener, model.settings.unit)
         self._settle_timeout = settle_timeout
         self._is_started = False
 
@@ -4031,15 +3813,13 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self.model.settings.load_timeout or math.inf
-        deadline = time.monotonic() + limit
+        limit = self._load_timeout
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
             status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
-            if status is None and time.monotonic() >= deadline:
-                text = f"systemctl start took over {limit:g} s"
-                raise LoadTimeout(f"{self._title}: {text}")
+            if status is None and not (text or self._is_stop_asked):
+                raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
         self._exited = exited = threading.Event()  # not that of the last start's watch
@@ -4049,21 +3829,18 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show("MainPID", "ActiveState")
-        self.pid = int(shown.get("MainPID", self.pid or 0)) or None
-        return shown.get("ActiveState", "active") in RUNNING
+        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
+        self.pid = int(shown["MainPID"]) or None
+        return shown["ActiveState"] in RUNNING
 
     def _watch_unit(self, exited):
-        """Wait, on a thread of its own, until its main process ends or, without one,
-        systemd says so."""
+        """Wait until its main process ends or, without one, systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
-            interval = UNIT_POLL if self._is_ready else 1.0
-            if exited.wait(interval) or not self._is_active():
+            if exited.wait(UNIT_POLL) or not self._is_active():
                 break
         if fd is not None:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll()
+            while not await_event(fd, select.POLLIN, MAX_WAIT):
+                pass
             os.close(fd)
         exited.set()
         self._interrupt()
@@ -4072,7 +3849,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         if not self._is_ready:
             self._systemctl("kill", options=["--signal=KILL"])
         timeout = self.model.settings.stop_timeout
@@ -4087,37 +3864,35 @@ class UnitBackend(Backend):
 
     def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
         argv = systemctl(self.location, verb, *options)
-        return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
+        timeout = COMMAND_TIMEOUT if timeout is None else timeout
+        return run_command(argv, timeout, until, stderr=subprocess.STDOUT)
 
-    def _show(self, *properties):
-        """Return what systemd says of the unit; nothing if it does not answer."""
-        _, text = self._systemctl("show", options=["-p", ",".join(properties)])
-        return dict(line.partition("=")[::2] for line in text.splitlines())
+    def _show(self, **defaults):
+        """Return these properties of the unit, the defaults if systemd is silent."""
+        _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
+        return {**defaults, **dict(row.partition("=")[::2] for row in text.split("\n"))}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
+        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show("MainPID", "ActiveState", "Result", "ExecMainStatus")
-            main, state = shown.get("MainPID"), shown.get("ActiveState", "unknown")
-            result = shown.get("Result", "unknown")
+            shown = self._show(**dict.fromkeys(properties, "unknown"))
+            main, state, result, status = (shown[name] for name in properties)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
             time.sleep(0.05)
-        status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
             runs_again = state in RUNNING and main not in ("0", str(self.pid))
             self._is_started = not runs_again
             event = "restarted" if runs_again else "stopped"
             self._note(f"{self.location} was {event} by somebody else")
             return None
-        if result == "success":
-            return self._end_error(f"it ended with status {status}")
-        if result == "oom-kill":
-            return self._end_error("killed by the kernel: out of memory")
+        killed = "killed by the kernel: out of memory"
+        reason = {"success": "it ended", "oom-kill": killed}.get(result, result)
         code = int(status) if result == "exit-code" else None
-        return self._end_error(f"{result}, status {status}", code)
+        return self._end_error(f"{reason}, status {status}", code)
 
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
@@ -4139,12 +3914,8 @@ class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
 
-    _lateness = "did not answer"
-
     def __init__(self, model: Model, listener):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.url("")
-        self._title = f"{model.name} at {self.location}"
+        super().__init__(model, listener, model.url(""))
         self._next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
@@ -4154,7 +3925,7 @@ class RemoteBackend(Backend):
         trusted = math.inf if self.upstream.is_busy else FRESH
         if self.upstream.seen_within(trusted) or self._probe(HEALTH_TIMEOUT).ok:
             return True
-        self._lose()
+        self._give_up()
         return False if self._ended.wait(POLL_INTERVAL) else None
 
     def died(self, timeout: float) -> bool:
@@ -4163,13 +3934,10 @@ class RemoteBackend(Backend):
         is_refused = probe.error is not None and not probe.timed_out
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
-            self._lose()
+            self._give_up()
         return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
 
-    def _give_up(self, limit):
-        self._lose()
-
-    def _lose(self):
+    def _give_up(self):
         self._exited.set()
         self._wakeup.set()
 
@@ -4192,12 +3960,6 @@ class RemoteBackend(Backend):
                 self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
 
-    def _abandon(self):
-        """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        self._exited.clear()
-        if self._probe(HEALTH_TIMEOUT).ok:
-            raise LoadFailed(f"{self._title} did not wake up")
-
     def _failure(self):
         """It vanished, which is no failure."""
         self._note("it does not answer any more: asleep or gone")
@@ -4211,15 +3973,6 @@ class RemoteBackend(Backend):
 
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
-
-
-def descendants(pid: int) -> List[int]:
-    """Return the process and its descendants, as far as the kernel tells."""
-    family = [pid]
-    for each in family:  # it grows meanwhile
-        children = read_text_or_empty(f"/proc/{each}/task/{each}/children")
-        family += map(int, children.split())
-    return family
 
 
 def model_file_size(pid: int) -> int:
@@ -4256,11 +4009,11 @@ def machine_budget(is_own: Callable[[int], bool] = lambda pid: False) -> Dict[st
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget = {"ram": int(memory * RAM_SHARE)}
     sizes = ask_gpus("sizes", TOOL_TIMEOUT)
-    if not sizes:
-        return budget
-    own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
-    free = sum(total - used - GPU_RESERVE for total, used in sizes)
-    return {"vram": max(1, free + own), **budget}
+    if sizes:
+        own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
+        free = sum(total - used - GPU_RESERVE for total, used in sizes)
+        budget["vram"] = max(1, free + own)
+    return budget
 
 
 def belongs_to(pid: int, groups: Set[int], units: Set[str]) -> bool:
@@ -4320,7 +4073,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
             command += [word, *itertools.islice(words, known[word])]
     command += ["-fitp", "on"]
     more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
-    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
+    _, text = run_command(command, TOOL_TIMEOUT, **more)
     rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
     for name, *megabytes in rows:
@@ -4342,25 +4095,16 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`, which several llmswaps may share:
-
-        {"version": 1, "needs": {
-            "1f0c...": {"model": "coder", "source": "measured",
-                        "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
-
-    Needs that were raised because memory ran out are not: a restart forgets them.
-    `log(level, text)` must not block. Only `estimate` and `save` do.
+    It is kept by command in `needs.json`, but what was raised because memory ran out: a
+    restart forgets that. `log(level, text)` must not block. Only `estimate` and `save`
+    do.
     """
 
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._known, self._is_saved = {}, True
-        try:
-            self._known = self._read()
-        except OSError as error:
-            log("warning", f"{self._path} cannot be read: {error}")
-        self._estimating = threading.Lock()
+        self._saved = self._read()
+        self._known = dict(self._saved)
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -4374,28 +4118,21 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate what the model needs if nothing is known; return whether it did. It
-        may take 20 s; other threads that ask meanwhile wait, too."""
-        key = _command_key(model)
+        """Estimate the needs if none are known; return whether it did. Takes 20 s."""
+        key, source = _command_key(model), "llama-fit-params"
         if not model.has_auto_needs or key in self._known:
             return False
-        with self._estimating:
-            if key in self._known:
-                return False
-            amounts, source = {}, "llama-fit-params"
-            if model.kind == "llama-server":
-                amounts = fit_params_estimate(model)
-            if not amounts:
-                source = "file sizes"
-                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-                with contextlib.suppress(ConfigError):
-                    words = model.command(table_of(model), "0")
-                    size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
-                    amounts = {place: int(size), other: 0}
-            known = Known(model.name)
-            if any(amounts.values()):
-                known = Known(model.name, source, amounts)
-            return self._set(key, known)
+        amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
+        if not amounts:
+            source, place = "file sizes", "vram" if "vram" in budget else "ram"
+            with contextlib.suppress(ConfigError):
+                words = model.command(table_of(model), "0")
+                size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
+                amounts = {"vram": 0, "ram": 0, place: int(size)}
+        known = Known(model.name)
+        if any(amounts.values()):
+            known = Known(model.name, source, amounts)
+        return self._set(key, known)
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
@@ -4428,35 +4165,30 @@ class Needs:
         self._set(key, Known(model.name, "out of memory", amounts))
 
     def _set(self, key, known):
-        if known == self._known.get(key):
-            return False
-        self._known[key], self._is_saved = known, False
-        return True
+        has_changed = known != self._known.get(key)
+        self._known[key] = known
+        return has_changed
 
     def save(self):
         """Write what has changed to the file."""
         with self._saving:
-            if self._is_saved:
+            rows = {key: row for key, row in [*self._known.items()]
+                    if row.amounts and row.source != "out of memory"}
+            rows = {**self._saved, **rows}
+            if rows == self._saved:
                 return
-            self._is_saved = True
-            fresh = f"{self._path}.{os.getpid()}"
+            self._saved = rows
+            needs = {key: row._asdict() for key, row in rows.items()}
             try:
-                rows = {key: row for key, row in self._known.items()
-                        if row.amounts and row.source != "out of memory"}
-                rows = {**self._read(), **rows}
-                needs = {key: row._asdict() for key, row in rows.items()}
-                document = {"version": 1, "needs": needs}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-                with open(fresh, "w", encoding="utf-8") as file:
-                    json.dump(document, file, indent=1)
-                os.replace(fresh, self._path)
+                write_json(self._path, {"version": 1, "needs": needs})
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a malformed one is set aside. Raise OSError."""
+        """Return what the file holds; nothing if it cannot be read."""
+        rows = {}
         try:
-            rows = {}
             with open(self._path, encoding="utf-8") as file:
                 document = json.load(file)
             if document["version"] != 1:
@@ -4464,15 +4196,11 @@ class Needs:
             for key, row in document["needs"].items():
                 amounts = {name: int(size) for name, size in row["amounts"].items()}
                 rows[key] = Known(**{**row, "amounts": amounts})
-            return rows
         except FileNotFoundError:
-            return {}
-        except MALFORMED as error:
-            text = f"{self._path} cannot be read and is set aside: {error}"
-            self._log("warning", text)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.broken")
-            return {}
+            pass
+        except (OSError, *MALFORMED) as error:
+            self._log("warning", f"{self._path} cannot be read: {error}")
+        return rows
 
 
 def _command_key(model):
@@ -4495,8 +4223,7 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        is_waiting = os.O_NONBLOCK  # it may be a pipe
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+        with open(path, "rb") as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
@@ -4557,16 +4284,14 @@ class Inspector:
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
         self._look = threading.Thread()  # the last look at files
-        self._lock = threading.Lock()
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        with self._lock:
-            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-            is_due = is_due or len(self._known(models)) < len(models)
-            if is_due and not self._look.is_alive():
-                self._looked_at = time.monotonic()
-                self._look = start_thread(self._inspect_all, "files", list(models))
+        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+        is_due = is_due or len(self._known(models)) < len(models)
+        if is_due and not self._look.is_alive():
+            self._look = start_thread(self._inspect_all, "files", list(models))
+            self._looked_at = time.monotonic()
         self._look.join(LOOK_TIMEOUT)
         return {**{model.name: Details() for model in models}, **self._known(models)}
 
@@ -4617,8 +4342,8 @@ class Inspector:
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
 #    backend's thread, resolve a future). No sleep and no I/O that may block under it,
-#    and no other lock but those of a queue, a future, a Broadcast or a backend's
-#    process, which no thread holds while it waits.
+#    and no other lock but those of a queue, a future or a Broadcast, which no thread
+#    holds while it waits.
 # ==================================================================================
 
 
@@ -4767,22 +4492,20 @@ class Pool:
         self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
-        self._timer = threading.Condition(self._lock)  # the next deadline came nearer
+        self._timer = threading.Condition(self._lock)  # its moment came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
-        self._next_deadline = self._timer_at = math.inf
+        self._timer_at = math.inf  # when the timer decides again
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._specs = self._find_specs()
-        self._scheduler = Scheduler(limits, self._specs)
+        self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
-        self._adoption = None
         self._last_request_at = clock()
 
     def start(self):
@@ -4790,12 +4513,10 @@ class Pool:
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        with self._lock:
-            self._scheduler.pause_keep_loaded()  # load-on-startup comes first
+        self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
-        self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_TIMEOUT)
+        start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
         models = self.config.models.values()
         wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
@@ -4811,25 +4532,21 @@ class Pool:
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
         with self._event():
-            self._scheduler.resume_keep_loaded()
+            self._scheduler.is_keep_loaded_paused = False
 
     def _adopt_units(self):
         """Adopt the units that run already."""
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            running -= {each.model.settings.unit for each in self._backends.values()}
             for name, model in self.config.models.items():
-                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
-                is_down = scheduled is not None and not scheduled.is_held
-                if unit not in running or model.problem or not is_down:
-                    continue
-                if self._is_closed:
-                    return
-                self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name, self._scheduler.adopted(name, now))
-                backend.adopt()
-                running.discard(unit)
+                unit = model.settings.unit
+                owned = {each.model.settings.unit for each in self._backends.values()}
+                is_free = unit in running - owned and name not in self._backends
+                if is_free and not (model.problem or self._is_closed):
+                    self._log("info", f"{name}: {unit} runs already")
+                    run = self._scheduler.adopted(name, now)
+                    self._new_backend(name, run).adopt()
 
     # -- requests --------------------------------------------------------------------
 
@@ -4864,12 +4581,9 @@ class Pool:
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
+            name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
-            ticket = self._scheduler.submit(scheduled.name, now, **kind)
+            ticket = self._scheduler.submit(name, now, **kind)
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
@@ -4880,7 +4594,7 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
@@ -4891,45 +4605,30 @@ class Pool:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-
-        def is_over():
-            if self._is_closed:
-                raise ShuttingDown("llmswap is shutting down")
-            return disconnected()
-
-        _await_result(outcome, is_over)
+        problem = _await_result(outcome, disconnected)
+        if problem:
+            raise problem.with_traceback(None)  # other threads raise the same one
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
         try:
             check_start(model)
             self._estimate(model)
-        except LoadFailed as error:
-            problem = error.with_traceback(None)
-            self._log("error", f"{model.name} could not be started: {problem}")
-        except Exception as error:  # a bug, or no descriptor is left
+        except Exception as error:  # also a bug, or no descriptor is left
             problem = error
         with self._lock:
             del self._preparations[model.name]
-            if isinstance(problem, LoadFailed) and not scheduled.is_held:
-                scheduled.last_failure = problem
-        if problem:
-            outcome.set_exception(problem)
-        else:
-            outcome.set_result(None)
-
-    def _scheduled(self, model):
-        """Return the ModelState that serves this model now; raise ModelNotFound if a
-        reload removed it. The lock is held."""
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            raise _removed(model.name)
-        return self._scheduler.models[name]
+            if isinstance(problem, LoadFailed):
+                self._log("error", f"{model.name} could not be started: {problem}")
+                if not scheduled.is_held:
+                    scheduled.last_failure = problem
+        outcome.set_result(problem)
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
+            name = self._scheduler.choose(model.backends).name
+            self._scheduler.keep_alive(name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -4942,11 +4641,11 @@ class Pool:
         return True
 
     def unload(self, model: Model) -> bool:
-        """Begin to unload the model: False if there is nothing to unload. Raise
-        ModelNotFound if a reload has removed it."""
+        """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            return self._scheduler.unload(self._scheduled(model).name, now, problem)
+            name = self._scheduler.choose(model.backends).name
+            return self._scheduler.unload(name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -4972,20 +4671,16 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            for name in self._entries.keys() - unchanged:
-                del self._entries[name]
+            entries = self._entries.items()
+            self._entries = {name: row for name, row in entries if name in unchanged}
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits, self._specs = limits_of(config, budget), self._find_specs()
-            self._scheduler.configure(limits, self._specs, changed, _removed)
-            for model in config.models.values():
-                if model.problem:
-                    reason = ModelMisconfigured(model.problem)
-                    self._scheduler.refuse_waiting(model.name, reason)
+            limits = limits_of(config, budget)
+            self._scheduler.configure(limits, self._find_specs(), changed)
         self._contexts.configure(config)
-        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
@@ -5010,9 +4705,8 @@ class Pool:
     def _estimate(self, model):
         """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
-            with self._lock:
-                self._refresh_specs()
-                self._schedule()
+            with self._event():
+                self._update_needs()
 
     def _find_specs(self):
         """Return the specs of all models, with the needs known now."""
@@ -5033,43 +4727,37 @@ class Pool:
                 concurrency=model.settings.concurrency,
                 idle_timeout=model.settings.idle_timeout,
                 stop_timeout=model.settings.stop_timeout,
+                problem=model.problem and ModelMisconfigured(model.problem),
             )
             for name, model in self.config.models.items() if model.backends == (name,)
         }
 
-    def _refresh_specs(self):
-        """Use the needs known now. The lock is held."""
-        self._specs = self._find_specs()
-        self._update_needs()
-
     def _update_needs(self):
-        """Tell the Scheduler the needs of models that are measured or estimated."""
-        for name, spec in self._specs.items():
+        """Tell the Scheduler the needs that are measured or estimated, as known now.
+        The lock is held."""
+        for name, spec in self._find_specs().items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
     def _measure_loop(self):
         """Measure whenever a model has been loaded, and then once a minute."""
+        interval = None
         while not self._is_closed:
-            with self._lock:
-                backends = self._measured_backends()
-            self._has_loaded.wait(MEASURE_INTERVAL if backends else None)
+            self._has_loaded.wait(interval)
             self._has_loaded.clear()
-            self._measure()
-
-    def _measured_backends(self):
-        """Return the loaded backends whose needs are measured. The lock is held."""
-        held = self._scheduler.held.values()
-        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
-        return [backend for backend in loaded if backend.model.has_auto_needs]
+            interval = MEASURE_INTERVAL if self._measure() else None
 
     def _measure(self):
-        """Measure the memory of these backends and learn their needs."""
+        """Measure the memory of the loaded backends with `auto` needs, and learn these;
+        False if there are none."""
         with self._lock:
-            backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
+            loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        backends = [backend for backend in loaded if backend.model.has_auto_needs]
+        if not backends:
+            return False
         is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
-        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
+        on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
@@ -5077,16 +4765,17 @@ class Pool:
                 left = machine_budget().get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
-        with self._lock:
+        with self._event():
             if is_alone and len(self._scheduler.held) > 1:
-                return
-            for backend in self._measured_backends():
+                return True
+            for backend in taken.keys() & self._runs.keys():
                 peak = self._runs[backend].peak
-                for name, amount in taken.get(backend, {}).items():
+                for name, amount in taken[backend].items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
-            self._schedule()
+            self._update_needs()
         self._needs.save()
+        return True
 
     def _learn(self, backend, is_over):
         model, run = backend.model, self._runs[backend]
@@ -5095,8 +4784,7 @@ class Pool:
             amount > self.budget[name] for name, amount in amounts.items()
         )
         was_squeezed = run.had_neighbours or is_too_large
-        if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._refresh_specs()
+        self._needs.learn(model, run.peak, was_squeezed, is_over)
 
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
@@ -5112,16 +4800,14 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._refresh_specs()
 
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
         """Return the backend of the model, which may exit at any time, or None; also
-        None if it is in none of the given states, or about to stop. Raise ModelNotFound
-        if a reload has removed the model."""
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
@@ -5151,11 +4837,8 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            return ModelStatus(model.name, kind=model.kind)  # a reload has removed it
-        now, scheduled = self._clock(), self._scheduler.models[name]
-        state, changed_at = scheduled.state, scheduled.changed_at
+        now, scheduled = self._clock(), self._scheduler.choose(model.backends)
+        name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5199,7 +4882,7 @@ class Pool:
         """Return how many models there are and are held, and requests run and wait."""
         with self._lock:
             return {
-                "models": len(self._scheduler.models),
+                "models": len(self.config.models),
                 "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
@@ -5259,9 +4942,8 @@ class Pool:
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
-            server = self._scheduler.choose(model.backends) if model else None
-            if server and speed is not None:
-                self._speeds[server] = speed
+            if model and speed is not None:
+                self._speeds[self._scheduler.choose(model.backends).name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5284,24 +4966,24 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
-            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+        methods = {
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
+        }
+        decisions = True
+        while decisions:  # a start that fails at once may cause others
+            decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                if isinstance(decision, Start):
-                    has_failed |= not self._start(decision)
-                elif isinstance(decision, Stop):
-                    self._stop(decision)
-                elif isinstance(decision, Grant):
-                    ticket = decision.ticket
-                    ticket.waiter.set_result(self._backends[ticket.model.name])
-                else:
-                    self._refuse(*decision)
+                methods[type(decision)](*decision)
         self._revise()
-        if self._next_deadline < self._timer_at:
-            self._timer_at = self._next_deadline
+        if deadline < self._timer_at:
+            self._timer_at = deadline
             self._timer.notify()
+
+    def _grant(self, ticket):
+        ticket.waiter.set_result(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
         ticket.waiter.set_exception(problem)
@@ -5312,26 +4994,21 @@ class Pool:
         """Decide again at each deadline."""
         with self._lock:
             while not self._is_closed:
-                self._timer_at = self._next_deadline
                 seconds = max(0.0, self._timer_at - self._clock())
                 self._timer.wait(min(seconds, MAX_DURATION))
+                self._timer_at = math.inf
                 self._schedule()
 
-    def _start(self, decision):
-        """Start or wake a backend; return whether it could be started."""
-        name = decision.name
-        self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
+    def _start(self, name, run, is_wake):
+        self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        if decision.is_wake:
-            self._backends[name].wake()
-            return True
+        if is_wake:
+            return self._backends[name].wake()
         try:
-            self._new_backend(name, decision.run).start()
-            return True
+            self._new_backend(name, run).start()
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
-            self._record_exit(name, decision.run, problem)
-            return False
+            self._record_exit(name, run, problem)
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5351,16 +5028,15 @@ class Pool:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
-    def _stop(self, decision):
-        name, cause = decision.name, decision.cause
+    def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
-        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
+        self._stop_reasons[name] = STOP_REASONS[cause].format(newcomer)
         reason = "by hand" if cause == "unload" else cause
-        if decision.newcomer:
-            reason += f" for {decision.newcomer}"
-        action = "going to sleep" if decision.to_sleep else "unloading"
+        if newcomer:
+            reason += f" for {newcomer}"
+        action = "going to sleep" if to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        if decision.to_sleep:
+        if to_sleep:
             self._backends[name].sleep()
         else:
             self._backends[name].stop()
@@ -5382,8 +5058,8 @@ class Pool:
         run = self._runs[backend]
         if seconds >= run.next_load_line:
             run.next_load_line = seconds + LOAD_LINE_EVERY
-            share, why = percent(backend.progress), backend.refusal
-            why = f" ({why})" if why else ""
+            why = f" ({backend.refusal})" if backend.refusal else ""
+            share = percent(backend.progress)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s{why}")
 
     def on_loaded(self, backend):
@@ -5398,7 +5074,6 @@ class Pool:
                 self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
-            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
         self._log("info", f"{name}: {took} ({backend.location})")
@@ -5431,8 +5106,7 @@ class Pool:
         self._needs.save()
         is_unit = backend.model.kind == "unit" and not self._is_closed
         if is_unit and problem is None and backend.died(0):
-            # somebody may have restarted it
-            self._adoption = start_thread(self._adopt_units, "units")
+            start_thread(self._adopt_units, "units")  # if somebody restarted it
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""
@@ -5484,30 +5158,25 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends in parallel and wait for their end."""
-        with self._event() as now:
-            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
+        problem = ShuttingDown("llmswap is shutting down")
+        with self._event():
+            self._scheduler.close(problem)
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
-            deadline = now + grace
         with self._event():
-            while self._scheduler.in_flight and self._clock() < deadline:
-                self._changed.wait(deadline - self._clock())
-            self._scheduler.stop_all()
+            self._changed.wait_for(lambda: not self._scheduler.in_flight, grace)
+            self._scheduler.unload_all(-math.inf, problem)  # at once
             for backend in self._backends.values():
                 backend.stop()  # also one that is falling asleep
         with self._lock:
-            while self._backends:
-                self._changed.wait()
-        if self._adoption:
-            self._adoption.join(2 * POLL_INTERVAL)
+            self._changed.wait_for(lambda: not self._backends)
         self._guard.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
         with self._event():
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -5527,13 +5196,11 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=POLL_INTERVAL)
-        if not future.done() and disconnected():
+    while not (future.done() or concurrent.futures.wait([future], POLL_INTERVAL).done):
+        if disconnected():
             raise ClientDisconnected
-    problem = future.exception()
-    if problem is not None:
-        raise problem.with_traceback(None)  # other threads raise the same one
+    if future.exception():
+        raise future.exception().with_traceback(None)  # other threads raise the same
     return future.result()
 
 
@@ -5542,10 +5209,6 @@ def address_of(model: Model) -> Dict[str, int]:
     the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
-
-
-def _removed(name):
-    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
@@ -6867,33 +6530,14 @@ class RepairStream:
 #    Never knows how it is served.
 #
 #    The page is one text without any outside resource. It asks for `/` again, as a
-#    stream of events; each of them is a whole `snapshot`, which replaces the last.
+#    stream of events; each of them is a whole snapshot, which replaces the last.
 # ==================================================================================
 
 
-class StatusReport(NamedTuple):
-    """What the page and Prometheus show. llmswap started at `born`, in Unix time."""
-
-    version: str
-    born: float
-    models: Sequence[ModelStatus]
-    metrics: Metrics
-    requests: int = 0  # RequestLog.steps()
-    problem: Optional[str] = None  # why the changed file is not in use
-    budget: Mapping[str, int] = {}  # bytes by resource
-
-
-def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON: the report without its metrics, and
-    each model's ModelStatus without pid, port and entry."""
-    models = []
-    for model in report.models:
-        failure = str(model.failure) if model.failure else None
-        shown_model = model._replace(failure=failure)._asdict()
-        del shown_model["pid"], shown_model["port"], shown_model["entry"]
-        models.append(shown_model)
-    shown = report._replace(models=models)._asdict()
-    del shown["metrics"]
+def shown_on_page(model: ModelStatus) -> dict:
+    """Return what the page shows of a model, ready for JSON."""
+    shown = {**model._asdict(), "failure": model.failure and str(model.failure)}
+    del shown["pid"], shown["port"], shown["entry"]
     return shown
 
 
@@ -6920,13 +6564,16 @@ class Usage(NamedTuple):
 
 
 # The text that a model writes cannot match: quotes in it are escaped.
-_NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
-_NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-_SPEEDS = ("predicted_per_second", "prompt_per_second")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
+_USAGE_NAMES = (  # of each field of Usage
+    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
+    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
+    ("predicted_per_second",),
+    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
+    ("prompt_per_second",),
+)
 _USAGE = re.compile(
-    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]' % _NAMES.encode()
+    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
+    % "|".join(sum(_USAGE_NAMES, ())).encode()
 )
 
 
@@ -6936,17 +6583,18 @@ def usage_in(excerpt: bytes) -> Usage:
 
     Of two values the last counts, and `usage` before llama-server's `timings`.
     """
-    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(excerpt)}
+    numbers = {
+        name.decode(): int(text) if text.isdigit() else float(text)
+        for name, text in _USAGE.findall(excerpt)
+    }
     if "input_tokens" in numbers:  # Anthropic counts without those in the cache
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    tokens_in, tokens_out, tokens_cached = (
-        next((int(numbers[name]) for name in names if name in numbers), None)
-        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
-    )
-    speeds = [numbers.get(name) for name in _SPEEDS]
-    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
+    return Usage(*(
+        next((numbers[name] for name in names if name in numbers), None)
+        for names in _USAGE_NAMES
+    ))
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -6961,9 +6609,9 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in _cells_of(); metric, with llmswap_ before it unless it begins with
-# process_; help; labels. Without labels, a source of one number has none, all others
-# have `model`.
+# Kind; source in Metrics or _gauges(); metric, to which llmswap_ is prefixed unless it
+# begins with process_; help; labels. Without labels, a source of one number has none,
+# all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
     ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
@@ -6971,8 +6619,7 @@ METRICS = (
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
-    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
-     "model", "state"),
+    ("gauge", "states", "model_state", "1 for its state, else 0.", "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -6980,12 +6627,10 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Size of a model's saved contexts."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "model", "status"),
+    ("counter", "requests", "requests_total", "Ended requests.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens taken from a cache, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Cached prompt tokens."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
@@ -7001,17 +6646,24 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(report: StatusReport) -> str:
-    """Return everything in Prometheus' text format, version 0.0.4."""
-    lines, cells = [], _cells_of(report)
+def metrics_text(
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int], born
+) -> str:
+    """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
+    `born`, in Unix time."""
+    lines, cells = [], collections.defaultdict(list)
+    numbers = {("swaps",): 0, ("born",): born, **metrics}
+    numbers.update(_gauges(models, budget))
+    for (source, *values), number in numbers.items():
+        cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         labels = labels or ["model"]
-        samples = [("", values, number) for values, number in cells[source]]
+        samples = cells[source]
         if kind == "histogram":
             labels.append("le")
-            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+            samples = _buckets(metrics, source)
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -7023,40 +6675,35 @@ def metrics_text(report: StatusReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells_of(report):
-    """Return {source: [(values of its labels, number or None)]}."""
-    cells = collections.defaultdict(list)
-    for (source, *values), number in sorted(report.metrics.items(), key=repr):
-        cells[source].append((tuple(values), number))
-    python = "{}.{}.{}".format(*sys.version_info)
-    cells["build"] = [((report.version, python), 1)]
-    cells["born"] = [((), report.born)]
-    cells["cpu"] = [((), time.process_time())]
-    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
-    cells["swaps"] = [((), report.metrics["swaps",])]
-    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
-    gauges = "running waiting rss vram context progress tokens_per_second".split()
-    for model in report.models:
-        if model.shares is not None:
-            continue
-        for source in gauges:
-            cells[source].append(((model.id,), getattr(model, source)))
-        for state in State:
-            is_now = int(model.state == state.value)
-            cells["states"].append(((model.id, state.value), is_now))
-        for name, size in model.needs.items():
-            cells["needs"].append(((model.id, name), size))
-    return cells
+def _gauges(models, budget):
+    """Return {(source, values of its labels...): number or None}."""
+    gauges = {
+        ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
+        ("cpu",): time.process_time(),
+        ("memory",): memory_of(os.getpid()).get("VmRSS"),
+    }
+    gauges.update({("budget", name): size for name, size in budget.items()})
+    sources = "running waiting rss vram context progress tokens_per_second".split()
+    for model in models:
+        if model.shares is None:
+            for source in sources:
+                gauges[source, model.id] = getattr(model, source)
+            for state in State:
+                is_now = int(model.state == state.value)
+                gauges["states", model.id, state.value] = is_now
+            for name, size in model.needs.items():
+                gauges["needs", model.id, name] = size
+    return gauges
 
 
-def _buckets(counts, sums):
+def _buckets(metrics, source):
     """Yield each model's cumulative buckets, their sum and their count."""
-    for (model,), total in sums:
+    for name, model in [key for key in metrics if key[0] == f"{source}_sum"]:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += counts.get((model, index), 0)
+            reached += metrics[source, model, index]
             yield "_bucket", (model, bound), reached
-        yield "_sum", (model,), total
+        yield "_sum", (model,), metrics[name, model]
         yield "_count", (model,), reached
 
 
@@ -7203,10 +6850,8 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  h3 small { display: block; margin: 0; }
-}
-@media (max-width: 620px) {
   .rest [data-do=log] { display: none; }
+  h3 small { display: block; margin: 0; }
 }
 """
 
@@ -7372,14 +7017,14 @@ async function followSnapshots() {
 }
 
 function applySnapshot(next) {
-  const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
-  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
+    const {id} = model, before = snapshot?.models.find((each) => each.id === id);
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
-    const text = `${model.id} ${model.state}`, old = before.get(model.id);
-    if (old && old !== model.state) setText($("live-region"), text);
+    const hasChanged = before && before.state !== model.state;
+    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
   }
+  [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
   paint();
 }
@@ -7574,7 +7219,7 @@ let isFetching = false;
 
 async function fetchRequests() {
   const limit = $("search").value.trim() ? 500 : 100;
-  const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
+  const wanted = `${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
@@ -7628,10 +7273,7 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("search").addEventListener("input", () => {
-  paint();
-  fetchRequests();
-});
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
@@ -7727,7 +7369,6 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -7956,10 +7597,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
             return await_event(self.request, select.POLLIN, IDLE_SECONDS)
-        with self.server.idling(self.request):
-            if self.server.is_closing:
-                return False
-            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
+        return self.server.await_next_request(self.request)
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
@@ -8056,6 +7694,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
+        if error.status == 405:
+            headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
@@ -8174,7 +7814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
-            raise NotFound(f"there is nothing to {self.head.method} at {path}")
+            raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
         if path.startswith("/v1/v1/"):
             url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
@@ -8218,32 +7858,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, report = revision, self._status_report()
-            is_busy = any(model.state != "unloaded" for model in report.models)
+            seen, models = revision, self._statuses()
+            is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            yield snapshot(report)
+            yield {
+                "models": [*map(shown_on_page, models)],
+                "requests": self.server.requests.steps(),
+                "problem": self.server.application.config_error,
+                "budget": self.pool.budget,
+            }
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
+        figures = self.pool.metrics(), self.pool.budget, self.server.born
+        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
 
     def _details(self):
         return self.pool.inspector.details_of([*self.config.models.values()])
 
-    def _status_report(self):
+    def _statuses(self):
         details, models = self._details(), []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
-        return StatusReport(
-            VERSION,
-            self.server.born,
-            models,
-            self.pool.metrics(),
-            self.server.requests.steps(),
-            self.server.application.config_error,
-            self.pool.budget,
-        )
+        return models
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8734,15 +8372,13 @@ class Log:
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = False
-        with contextlib.suppress(OSError, ValueError):
-            status = os.fstat(sys.stderr.fileno())
-            journal = f"{status.st_dev}:{status.st_ino}"
-            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
-        lines = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(lines, self)
+        stderr = os.fstat(2)
+        stream = f"{stderr.st_dev}:{stderr.st_ino}"
+        self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
+        records = queue.SimpleQueue()
+        self._listener = logging.handlers.QueueListener(records, self)
         self._listener.start()
-        self._handler = logging.handlers.QueueHandler(lines)
+        self._handler = logging.handlers.QueueHandler(records)
         self._logger = logging.Logger("llmswap")
         self._logger.addHandler(self._handler)
         self.set_level("info")
@@ -8764,7 +8400,7 @@ class Log:
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
             line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError, ValueError):  # it may be closed
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
 
     def close(self):
@@ -8785,45 +8421,37 @@ class Server(http.server.ThreadingHTTPServer):
         self.born = int(time.time())
         self.is_closing = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        limit = min(hard, MAX_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = False
+        self._accepting = threading.Lock()
         for sock in sockets:
             sock.setblocking(False)
 
     def start(self):
         """Accept connections, on a thread of its own."""
-        self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`; the base class would wake up twice a second."""
+        """Accept until `stop`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_reader as stop_reader:
-            for each in (stop_reader, *self.sockets):
-                waiter.register(each, select.POLLIN)
-            while not self._is_paused:
-                ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:  # on which get_request() accepts
-                    if self.socket.fileno() in ready:
+        for each in (self._stop_reader, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self.is_closing:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:  # on which get_request() accepts
+                with self._accepting:
+                    if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()
 
-    def shutdown(self):
-        """Stop accepting; the sockets stay open."""
-        self._is_paused = True
-        self._stop_writer.close()
-        self._thread.join(1.0)
-
-    def is_serving(self) -> bool:
+    def is_alive(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
-        return self._is_paused or self._thread.is_alive()
+        return self.is_closing or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -8837,14 +8465,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        reason = f"{self.max_connections} connections are open already"
         if len(self._connections) < self.max_connections:
             self._connections.add(request)
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError as error:  # no thread could be started
-                reason = str(error)
-                self.log("error", f"a connection could not be served: {reason}")
+            return super().process_request(request, client_address)
+        reason = f"{self.max_connections} connections are open already"
         refuse_connection(request, reason)
         self.shutdown_request(request)
 
@@ -8857,15 +8481,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket):
-        """In this block `stop` may close the connection, which waits for a request."""
+    def await_next_request(self, connection: socket.socket) -> bool:
+        """Return whether a request begins within IDLE_SECONDS, and before `stop`."""
         self._idle_connections.add(connection)
         self._active_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self._idle_connections.discard(connection)
+        is_open = not self.is_closing
+        has_begun = is_open and await_event(connection, select.POLLIN, IDLE_SECONDS)
+        self._idle_connections.discard(connection)
+        return has_begun
 
     def inactive_since(self) -> Optional[float]:
         """Return when a connection last became idle; None while any is busy."""
@@ -8873,19 +8496,18 @@ class Server(http.server.ThreadingHTTPServer):
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Stop accepting and return True; if a client has connected, go on and return
-        False. Later ones wait in the backlog of the sockets, which systemd keeps."""
-        self.shutdown()
-        pending = select.select(self.sockets, [], [], 0)[0]
-        if self.inactive_since() is not None and not pending:
-            return True
-        self.start()
-        return False
+        """Accept no more and return True, unless a client is connected. Later ones wait
+        in the backlog of the sockets, which systemd keeps."""
+        with self._accepting:
+            pending = select.select(self.sockets, [], [], 0)[0]
+            self.is_closing = self.inactive_since() is not None and not pending
+        return self.is_closing
 
     def stop(self):
         """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self.shutdown()
+        self._stop_writer.close()
+        self._thread.join(1.0)
         for sock in self.sockets:
             sock.close()  # it is never shut down: systemd may own it
         for connection in list(self._idle_connections):
@@ -8914,7 +8536,7 @@ def open_listener(address: Address) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # or is no socket
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
-        os.unlink(address)  # left by a process that was killed
+        os.unlink(address)  # left by a process that has ended
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
@@ -8943,18 +8565,9 @@ def is_llmswap(address: Address) -> bool:
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    if isinstance(address, bytes):  # an abstract one, from systemd
-        return f"unix:@{os.fsdecode(address[1:])}"
-    host, port = address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{_joined(host, port)}/"
-
-
-def _resolved(host, port):
-    """Return the numeric address of a host, as systemd does not look up names."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][:2]
+    if not isinstance(address, tuple):
+        return f"unix:{os.fsdecode(address)}"
+    return f"http://{_joined(*address[:2])}/"
 
 
 def _joined(host, port):
@@ -8964,38 +8577,19 @@ def _joined(host, port):
 # -- systemd ---------------------------------------------------------------------------
 
 
-def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
-    """Return the listening sockets that systemd passed, and what is wrong with them.
-    Its variables are removed from `environ`."""
-    names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-    count, pid, *_ = [environ.pop(name, "") for name in names]
-    if count and pid != str(os.getpid()):
-        return [], (
-            f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
-            "start llmswap without a shell around it, or with exec"
-        )
-    listeners = []
-    for fd in range(3, 3 + int(count or 0)):
-        try:
-            listener = socket.socket(fileno=fd)
-            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError:
-            accepts = False
-        if not accepts:
-            return [], f"descriptor {fd} from systemd is not a listening stream socket"
-        listeners.append(listener)
-    return listeners, None
+def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
+    """Return the listening sockets that systemd passed to this process."""
+    is_ours = environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(environ.get("LISTEN_FDS", 0)) if is_ours else 0
+    return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
 class SystemdNotifier:
-    """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
-    `watchdog` is the longest time in seconds between two reports, or None."""
+    """Reports llmswap's state to systemd, if that asks for it. Any thread may call."""
 
-    def __init__(self, environ: Dict[str, str]):
-        self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
-        microseconds = environ.pop("WATCHDOG_USEC", "")
-        is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
+    def __init__(self, environ: Mapping[str, str]):
+        self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
+        self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
@@ -9005,21 +8599,20 @@ class SystemdNotifier:
             sender.connect(self._address)
             sender.sendall("\n".join(lines).encode())
 
-    def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and twice per `watchdog`, as long as
-        `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
-        interval = self.watchdog / 2 if self.watchdog else None
-        with pool.events.subscribe() as get:
+    def watch(self, server: Server):
+        """Report what is loaded, at each change and twice per WATCHDOG_USEC, as long as
+        server and Pool are alive. Return only if systemd asked for none."""
+        with server.pool.events.subscribe() as get:
             while self._address:
-                if is_serving() and pool.is_alive(interval or -1):
+                if server.is_alive() and server.pool.is_alive(self._interval or -1):
                     held = [
                         f"{status.id} {status.state}{percent(status.progress)[1:]}"
-                        for status in pool.statuses()
+                        for status in server.pool.statuses()
                         if status.state != "unloaded" and not status.shares
                     ]
                     text = ", ".join(held) or "nothing is loaded"
                     self.notify("WATCHDOG=1", f"STATUS={text}")
-                get(interval)
+                get(self._interval)
 
 
 UNITS = """\
@@ -9029,6 +8622,7 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
+SocketMode=0660
 BindIPv6Only=ipv6-only
 
 [Install]
@@ -9038,7 +8632,6 @@ WantedBy=sockets.target
 [Unit]
 Description=One address for many local language models
 Requires=llmswap.socket
-After=llmswap.socket
 StartLimitIntervalSec=30
 StartLimitBurst=30
 
@@ -9063,14 +8656,15 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    streams = []
+    addresses = []
     for address in config.settings.listen:
-        is_unix = isinstance(address, str)
-        place = os.path.abspath(address) if is_unix else _joined(*_resolved(*address))
-        streams.append("ListenStream=" + place.replace("%", "%%"))
-        streams += ["SocketMode=0660"] if is_unix else []
+        if isinstance(address, str):
+            addresses.append(os.path.abspath(address).replace("%", "%%"))
+        else:  # numeric, as systemd does not look up names
+            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            addresses.append(_joined(*found[4][:2]))
     return UNITS.format(
-        streams="\n".join(streams),
+        streams="\n".join(f"ListenStream={address}" for address in addresses),
         folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -9079,9 +8673,8 @@ def units_for(config: Config) -> str:
 
 def _unit_word(word):
     word = word.replace("%", "%%")
-    if re.search(r"[\s\"'\\;]", word):
-        word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return word
+    needs_quotes = re.search(r"[\s\"'\\;]", word)
+    return json.dumps(word, ensure_ascii=False) if needs_quotes else word
 
 
 # -- the demo model server -------------------------------------------------------------
@@ -9092,30 +8685,25 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # the head and the body in one packet
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
+        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
+        self._send([to_json(value)])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except MALFORMED:
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
-        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages") or [{}]
+        text = f"{model} says: {messages[-1].get('content') or 'squawk'}"
+        words = re.findall(r"\S+\s*", text)
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
-        reply = {"role": "assistant", "content": "".join(words)}
+            return self._send(self._events(words), "text/event-stream")
+        reply = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer({**answer, "choices": [choice], "usage": usage})
+        self._send([to_json({**answer, "choices": [choice], "usage": usage})])
 
     def _events(self, words):
         for word in words:
@@ -9124,17 +8712,13 @@ class Parrot(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
-
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, pieces, content_type="application/json"):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         for piece in itertools.chain(pieces, [b""]):
             self.wfile.write(as_chunk(piece))
-            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing, as llmswap would show it as the model's output."""
@@ -9150,8 +8734,8 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.fill(key.help.replace("`", ""), 82, break_on_hyphens=False)
-            lines.append(textwrap.indent(help, " " * 6))
+            help = textwrap.wrap(key.help.replace("`", ""), 82, break_on_hyphens=False)
+            lines += [f"      {line}" for line in help]
         lines.append("")
     return "\n".join(lines)
 
@@ -9192,7 +8776,7 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, binaries = [], set()
+    unusable, unknown = [], set()
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
@@ -9201,8 +8785,8 @@ def check(config: Config) -> int:
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if model.kind == "llama-server":
-            binaries.add(model.settings.llama_server)
+        if table_of(model) is UNKNOWN_OPTIONS:
+            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -9215,9 +8799,8 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(binaries):
-        if options_of(binary) is UNKNOWN_OPTIONS:
-            print(f"the options of {binary} are unknown: they are passed on unchecked")
+    for binary in sorted(unknown):
+        print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
     count = f"{len(unusable)} of {len(config.models)} models cannot be used"
@@ -9258,8 +8841,6 @@ def prepare_process():
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
@@ -9279,7 +8860,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(keys_text(), end="")
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
-    file_watch = FileWatch(args.file) if args.file else None
+    file_watch = FileWatch(args.file or os.devnull)
     try:
         config = load(list_cached=cached_models)
     except ConfigError as error:
@@ -9308,7 +8889,7 @@ def refuse_pending_connections():
     """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
     start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
-    for listener in take_listeners(os.environ)[0]:
+    for listener in passed_listeners(os.environ):
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # when there are no more
             while True:
@@ -9335,7 +8916,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._look = None  # the thread of the last one
+        self._look = threading.Thread()  # the last one
         self.mark()
 
     def mark(self):
@@ -9347,14 +8928,10 @@ class FileWatch:
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         with self._lock:
             now = time.monotonic()
-            is_due = now >= self._looked_at + WATCH_EVERY
-            if is_due and not (self._look and self._look.is_alive()):
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # there can be no more threads
-                    self._look = start_thread(self._find_change, "watch", on_change)
-            look = self._look
-        if look:
-            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                self._look = start_thread(self._find_change, "watch", on_change)
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
         stamp = self._stamp()
@@ -9385,11 +8962,9 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -9400,9 +8975,8 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
-        if isinstance(listeners, int):
-            self.log.close()
-            return listeners
+        if not listeners:
+            return 0
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -9412,8 +8986,7 @@ class Application:
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        watch, is_serving = self._notifier.watch, self.server.is_serving
-        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._notifier.watch, "systemd", self.server)
         if not self._cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
@@ -9426,31 +8999,25 @@ class Application:
             self._signals.settimeout(min(timeout, MAX_WAIT))
             with contextlib.suppress(socket.timeout, BlockingIOError):
                 self._signals.recv(4096)
-        for number in (0, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number in self._received:
-                self._received.remove(number)
-                return number
+        return self._received.pop() if self._received else None
 
     def _open_listeners(self):
-        """Return the listening sockets, or an exit status if an address is taken."""
-        listeners, complaint = take_listeners(os.environ)
-        if complaint:
-            self.log("warning", complaint)
-        if listeners:
-            self._is_activated = True
-            return listeners
-        for address in self._config.settings.listen:
+        """Return the listening sockets; none if llmswap answers at one of the addresses
+        already. Raise OSError if an address cannot be used."""
+        listeners = passed_listeners(os.environ)
+        self._is_activated = bool(listeners)
+        if "LISTEN_FDS" in os.environ and not listeners:
+            text = "systemd passed its sockets to another process: start llmswap "
+            print(f"{text}without a shell around it, or with exec", file=sys.stderr)
+        for address in () if listeners else self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
                 shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {shown} already")
-                    return 0
-                # without "(while attempting to bind on address ...)"
-                reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {shown}: {reason}")
-                return 1
+                    print(f"llmswap answers at {shown} already", file=sys.stderr)
+                    return []
+                raise OSError(f"cannot listen on {shown}: {error}") from None
         return listeners
 
     def _log_models(self, config):
@@ -9471,10 +9038,7 @@ class Application:
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                now = time.monotonic_ns() // 1000
-                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
                 self._try_reload()
-                self._notifier.notify("READY=1")
             elif number is not None:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
@@ -9482,7 +9046,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._file_watch and self._config.settings.watch:
+        if self._config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9493,9 +9057,9 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        level = "debug" if self._args.verbose else config.settings.log_level
+        self.log.set_level(level)
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
@@ -9519,8 +9083,7 @@ class Application:
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
         with self._reload_lock:
-            if self._file_watch:
-                self._file_watch.mark()
+            self._file_watch.mark()
             try:
                 config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
@@ -9529,14 +9092,11 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            name = self._args.file or "the list of models"
-            self.log("info", f"{name} was read again")
+            self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
@@ -9549,20 +9109,19 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        last_run = -math.inf
+        ran_at = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = math.inf
-            limit = settings.idle_command_after if settings.idle_command else 0
-            if limit and idle_since is None:
-                pause = max(1.0, limit)
-            elif limit:
-                pause = max(idle_since, last_run) + limit - time.monotonic()
+            now, limit = time.monotonic(), settings.idle_command_after
+            if not (limit and settings.idle_command):
+                limit = math.inf
+            since = now if idle_since is None else max(idle_since, ran_at)
+            pause = since + limit - now
             if pause <= 0:
                 pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
-                    last_run = time.monotonic()
+                    ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
@@ -9586,24 +9145,18 @@ class Application:
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
-        suspended, environment = suspended_seconds(), clean_environment({})
+        options = {"stdin": subprocess.DEVNULL, "env": clean_environment({})}
         try:
-            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
+            status = subprocess.call(command, **options)
         except OSError as error:
             return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
-        slept = max(0.0, suspended_seconds() - suspended)
-        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        self.log(level, f"idle-command ended with status {status}")
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        for listener in self.server.sockets:
-            address = listener.getsockname()
-            if isinstance(address, str) and not self._is_activated:
-                with contextlib.suppress(OSError):
-                    os.unlink(address)  # later it may be the next llmswap's
         self.server.stop()
         start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:
@@ -9619,7 +9172,8 @@ class Application:
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self._received.add(0)
-        self._wakeup.send(b"\0")  # wakes `_next_signal`
+        with contextlib.suppress(BlockingIOError):  # full of signals, it does so, too
+            self._wakeup.send(b"\0")  # wakes `_next_signal`
 
 
 if __name__ == "__main__":

@@ -5,29 +5,17 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-from test_llmswap import FAMILY, family, llmswap_file
+from test_llmswap import FAMILY, family, forks, llmswap_file
 
-PASS_SOCKETS = """\
-import os, sys
-for number, fd in enumerate(map(int, sys.argv[1].split(","))):
-    os.dup2(fd, 3 + number)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number + 1))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def activated(ini, *sockets, **options):
+def activated(ini, sockets, stderr, env=os.environ):
     """The process of llmswap to which these sockets are passed as by systemd."""
-    fds = [each.fileno() for each in sockets]
-    words = [sys.executable, "-IS", "-c", PASS_SOCKETS, ",".join(map(str, fds))]
-    words += [sys.executable, "-IS", llmswap_file(), str(ini)]
-    return subprocess.Popen(words, pass_fds=fds, **options)
+    words, files = [*forks.PYTHON, llmswap_file(), str(ini)], [stderr, stderr, *sockets]
+    env = {**env, "LISTEN_FDS": str(len(sockets))}
+    return forks.start(words, env, files, os.path.dirname(llmswap_file()))
 
 
 class Activator:
@@ -62,9 +50,7 @@ class Activator:
         while select.select([self.listener], [], []) and not self._is_over.is_set():
             self.starts += 1
             with open(self.ini.with_name("stderr"), "ab") as stderr:
-                self.process = activated(
-                    self.ini, self.listener, env=env, stderr=stderr
-                )
+                self.process = activated(self.ini, [self.listener], stderr, env)
             while self.process.poll() is None and not self._is_over.is_set():
                 time.sleep(0.005)
             if self.process.poll() is None:

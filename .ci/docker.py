@@ -4,11 +4,7 @@ The container is a process that is no child of what started it. The folder STATE
 file for each; PROGRAM is what runs in it.
 """
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import os, signal, sys, time  # and no more: each call is a start of Python
 
 state, program, verb, *words = sys.argv[1:]
 
@@ -33,15 +29,18 @@ def run(name):
     after = words[words.index("--port") + 2 :]  # the port within is not that without
     command = [sys.executable, "-I", "-S", program, "--port"]
     command += [value_of("-p").split(":")[1], *after]
-    box = subprocess.Popen(command, start_new_session=True)
+    box = os.fork()
+    if not box:
+        os.setsid()
+        os.execv(sys.executable, command)
     os.makedirs(state, exist_ok=True)
     with open(f"{state}/{name}", "w") as file:
-        file.write(str(box.pid))
+        file.write(str(box))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: box.send_signal(number))
-    status = box.wait()
+        signal.signal(number, lambda number, _: os.kill(box, number))
+    status = os.waitpid(box, 0)[1]
     os.remove(f"{state}/{name}")  # as --rm has it
-    sys.exit(status)
+    sys.exit(os.waitstatus_to_exitcode(status))
 
 
 stop(words[0]) if verb == "stop" else run(value_of("--name"))

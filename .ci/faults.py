@@ -24,6 +24,7 @@ from test_llmswap import (
     CHAT,
     FAMILY,
     Llmswap,
+    PYTHON,
     Stranger,
     chat_body,
     eventually,
@@ -221,7 +222,7 @@ class FaultyLlmswap(Llmswap):
         if fault == "port taken":
             self.text = self.text.replace("--load-until", "--bind-late --load-until")
         self.write(self.text.replace("FAKE", self.fake))
-        words = [sys.executable, "-S", "-c", FAULT_LAUNCHER, str(self.folder)]
+        words = [*PYTHON, "-c", FAULT_LAUNCHER, str(self.folder)]
         words += [os.path.dirname(llmswap_file())]
         self._args[: self._args.index(str(self.ini))] = words
         if fault == "fork fails" and os.getuid() == 0:

@@ -1,10 +1,10 @@
-"""Python programs started in a third of the time, by forks of one that has imported
-what they import.
+"""llmswap started in a fifth of the time, by forks of a process that has imported it.
 
 `python3 -I -S .ci/forks.py FD FOLDER ROOM` is that process: it imports llmswap from
-FOLDER, forgets it but not the standard library, and takes orders from the socket FD.
+FOLDER and takes orders from the socket FD.
 """
 
+import fcntl
 import json
 import os
 import select
@@ -12,22 +12,33 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from functools import lru_cache
 
 PYTHON = [sys.executable, "-I", "-S"]
 ROOM = "." * 8000  # an argument, which a fork replaces by its own
 
 
-def start(args, env, output, folder):
-    """Start these arguments as the leader of a session with this environment; what it
-    writes goes to the file `output`. Return the process. If it is of PYTHON, it is a
-    fork; `folder` has llmswap.pyc."""
+def start(args, env, files, folder):
+    """Start these arguments as the leader of a session with this environment; `files`
+    become its descriptors 1 and 2, and, as systemd passes them, 3 and so on. Return the
+    process. If it is of PYTHON, it is a fork; `folder` has llmswap.pyc."""
     if args[:3] == PYTHON:
-        return Forks.of(folder).start(args[3:], env, output)
+        return Forks.of(folder).start(args[3:], env, files)
+    stdout, stderr = files
     return subprocess.Popen(
-        args, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        args, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
         start_new_session=True,
     )  # fmt: skip
+
+
+def run(args, env, folder):
+    """What these arguments of PYTHON do until they end, as subprocess.run tells it."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        status = start(args, env, [stdout, stderr], folder).wait(60)
+        stdout.seek(0), stderr.seek(0)
+        texts = stdout.read().decode(), stderr.read().decode()
+        return subprocess.CompletedProcess(args, status, *texts)
 
 
 class Forks:
@@ -48,11 +59,12 @@ class Forks:
                 start_new_session=True,
             )  # fmt: skip
 
-    def start(self, words, env, output):
+    def start(self, words, env, files):
         status, theirs = os.pipe()
         order = json.dumps([words, env, os.getcwd()]).encode()
+        fds = [theirs, *(file.fileno() for file in files)]
         try:
-            socket.send_fds(self._orders, [order], [output.fileno(), theirs])
+            socket.send_fds(self._orders, [order], fds)
         finally:
             os.close(theirs)
         return Process(status, [*PYTHON, *words])
@@ -109,19 +121,20 @@ def serve(orders):
             os.read(wakeup, 1000)
             report_ends(pipes)
         if orders in ready:
-            data, fds, _, _ = socket.recv_fds(orders, 1 << 20, 2)
+            data, fds, _, _ = socket.recv_fds(orders, 1 << 20, 9)
             if not data:
                 return None
-            output, pipe = fds
+            pipe, *files = fds
             pid = os.fork()
             if not pid:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for fd in (wakeup, bell, pipe, *pipes.values()):
                     os.close(fd)
-                return json.loads(data), output
+                return json.loads(data), files
             os.write(pipe, b"%d\n" % pid)
-            os.close(output)
+            for fd in files:
+                os.close(fd)
             pipes[pid] = pipe
 
 
@@ -139,15 +152,19 @@ def report_ends(pipes):
         os.close(pipe)
 
 
-def become(words, env, folder, output):
+def become(words, env, folder, files):
     """Be the process that `python3 -I -S WORDS` is, for others too."""
     os.setsid()
     os.chdir(folder)
-    for fd in (1, 2):
-        os.dup2(output, fd)
-    os.close(output)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in files]
+    for number, fd in enumerate(high, 1):
+        os.dup2(fd, number)
+    for fd in {*files, *high} - {*range(len(files) + 1)}:
+        os.close(fd)
     os.environ.clear()
     os.environ.update(env)
+    if "LISTEN_FDS" in env:
+        os.environ["LISTEN_PID"] = str(os.getpid())
     sys.argv = words[1:] if words[0] == "-c" else words
     show([*PYTHON, *words], env)
 
@@ -164,29 +181,40 @@ def show(words, env):
     ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
 
 
-def run(words):
-    """Run the program as the module __main__, as Python does."""
-    import marshal
-    import types
-
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
+def be_run(words, end):
+    """Run the program as the module __main__, as Python does. If it is llmswap, only
+    the end of its file is left to be run."""
+    sys.modules["llmswap"].VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # one for each
     if words[0] == "-c":
-        code = compile(words[1], "<string>", "exec")
+        main, code = types.ModuleType("__main__"), compile(words[1], "-c", "exec")
     else:
-        main.__file__ = words[0]
-        with open(words[0], "rb") as file:
-            code = marshal.loads(file.read()[16:])  # behind the header of a .pyc
+        main, code = sys.modules.pop("llmswap"), end
+        main.__name__ = "__main__"
+    sys.modules["__main__"] = main
     exec(code, main.__dict__)
+
+
+def end_of(module):
+    """The code of a module that runs only if it is the program."""
+    path = module.main.__code__.co_filename
+    with open(path) as file:
+        before, mark, end = file.read().rpartition("\nif __name__ == ")
+    return compile("\n" * before.count("\n") + mark + end, path, "exec")
 
 
 if __name__ == "__main__":
     import ctypes  # noqa: F401 (llmswap does once it runs)
+    import gc
+    import types
 
     sys.path.insert(0, sys.argv[2])
-    import llmswap  # noqa: F401
+    import llmswap
 
-    del sys.modules["llmswap"], sys.path[0]
+    del sys.path[0]
+    end = end_of(llmswap)
+    gc.collect()
+    gc.freeze()  # else each collection in a fork copies what it looks at
     order = serve(socket.socket(fileno=int(sys.argv[1])))
     if order:
         become(*order[0], order[1])
-        run(order[0][0])
+        be_run(order[0][0], end)

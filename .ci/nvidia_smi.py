@@ -1,11 +1,10 @@
 """A stand-in for nvidia-smi, with one GPU of 24 GiB: nvidia_smi.py FOLDER [QUERY].
 
-The file `gpu.json` in FOLDER says what each process holds of it: {"mark": WORD of the
-command line that makes it one of ours, "sizes": {another WORD: MiB}, "row": FORMAT}.
-The queries are appended to the file `asked` there.
+The file `gpu` in FOLDER says what each process holds of it: the WORD of a command line
+that makes a process one of ours, the FORMAT of a row, and lines with another WORD and
+its MiB. The queries are appended to the file `asked` there.
 """
 
-import json
 import os
 import sys
 
@@ -26,10 +25,10 @@ def held_by_processes(mark, sizes):
 folder, query = (*sys.argv[1:], "")[:2]
 with open(f"{folder}/asked", "a") as file:
     file.write(f"{query}\n")
-with open(f"{folder}/gpu.json") as file:
-    shown = json.load(file)
-rows = list(held_by_processes(shown["mark"], shown["sizes"]))
+with open(f"{folder}/gpu") as file:
+    mark, shape, *lines = file.read().splitlines()
+rows = list(held_by_processes(mark, dict(line.rsplit(" ", 1) for line in lines)))
 if query.startswith("--query-gpu"):
     print(f"24576, {sum(size for _, size in rows)}")
 else:
-    print(*(shown["row"] % row for row in rows), sep="\n")
+    print(*(shape % row for row in rows), sep="\n")

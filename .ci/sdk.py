@@ -5,11 +5,13 @@ answer its text or tool call, its reason to end and its tokens; of an error its 
 and status. One process for all of them, for to import a library takes seconds.
 """
 
+import gc
 import io
 import json
 import sys
 import time
 
+gc.disable()  # it takes a tenth of an import
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
