@@ -5549,16 +5549,16 @@ class Body:
         self._reader = reader
         self._limit = limit
         self._pieces = read_payload(reader, request)
-        self._length = request.length
+        self.length = request.length
         self.coding = request.get("content-encoding").lower()
         if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
-        self._check_size(self._length or 0)
+        self._check_size(self.length or 0)
         self._expects = request.get("expect").lower() == "100-continue"
         self.held = bytearray()
         self.received = 0  # bytes of payload
-        self.is_complete = self._length == 0
+        self.is_complete = self.length == 0
         self.on_tick = lambda: None  # called before each piece, and while none comes
 
     def _check_size(self, size):
@@ -5632,13 +5632,6 @@ class Body:
             raise BadRequest("the content coding of the body ends too early or late")
         self.coding = ""
 
-    @property
-    def size(self) -> Optional[int]:
-        """Bytes of all that is to be sent; None: unknown."""
-        if self.is_complete:
-            return len(self.held)
-        return self._length and self._length - self.received + len(self.held)
-
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held as it arrives; then the body cannot be sent again."""
         while not self.is_complete:
@@ -5658,7 +5651,7 @@ class Body:
             raise ClientDisconnected from None
         self.received += len(piece)
         self._check_size(self.received)
-        self.is_complete = not piece or self.received == self._length
+        self.is_complete = not piece or self.received == self.length
         return piece
 
 
@@ -5971,20 +5964,22 @@ def _ask(outgoing, upstream, monitor):
 
 
 def _send(outgoing, upstream, sock, monitor):
-    headers = [("host", upstream.authority), *outgoing.headers]
-    size, held = outgoing.body.size, outgoing.body.held
-    is_chunked = size is None
+    headers, body = [("host", upstream.authority), *outgoing.headers], outgoing.body
+    held, unread = body.held, 0
+    if not body.is_complete:
+        unread = body.length and body.length - body.received
+    is_chunked = unread is None
     if is_chunked:
         headers.append(("transfer-encoding", "chunked"))
-    elif size or outgoing.method in ("POST", "PUT", "PATCH"):
-        headers.append(("content-length", str(size)))
+    elif held or unread or outgoing.method in ("POST", "PUT", "PATCH"):
+        headers.append(("content-length", str(len(held) + unread)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
     head = render_head(start, headers)
     if not is_chunked and len(held) < BUFFER_SIZE:
         head, held = head + held, b""  # one packet for most requests
     try:
         send_all(sock, head, monitor)
-        for piece in filter(len, itertools.chain([held], outgoing.body.rest())):
+        for piece in filter(len, itertools.chain([held], body.rest())):
             send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
