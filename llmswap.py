@@ -7666,7 +7666,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        if self.head is None:  # its client may show no more than a status, if that
+        if self.head is None:  # often TLS, whose client shows no reason
             self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
