@@ -5481,6 +5481,11 @@ class Request(MessageHead):
 
 # -- bodies ----------------------------------------------------------------------------
 
+_LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
+_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
+_MODEL_FIELD = re.compile(
+    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
+)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
 _CHUNK_END = re.compile(rb"\r\n")
 _TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
@@ -5526,6 +5531,10 @@ class Body:
     constructor raises UnsupportedCoding or PayloadTooLarge.
     """
 
+    model = None  # that it names, once `find_model` was called
+    members: Mapping[str, object] = {}  # of its JSON object
+    span = (0, 0)  # of the bytes in which a form has the model
+
     def __init__(self, reader: SocketReader, request: Request, limit: int):
         self._reader = reader
         self._limit = limit
@@ -5553,7 +5562,51 @@ class Body:
             self.held += self._next_piece()
         return self.is_complete
 
-    def decode(self):
+    def find_model(self, content_type: str, is_needed=True):
+        """Find the model that it names: JSON is read whole, a form as far as its field
+        `model`. If the model is not needed, a form is read no further than SMALL_BODY,
+        and what is no JSON object stays as it is."""
+        self._decode()
+        self.hold(1)
+        if not content_type.lower().startswith("multipart/form-data"):
+            return self._read_json(is_needed)
+        size, is_whole = SMALL_BODY, False
+        while not is_whole and self.model is None:
+            is_whole = self.hold(size) or not is_needed
+            self._search_form(content_type)
+            size *= 4
+
+    def _read_json(self, is_needed):
+        start = bytes(self.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf")
+        if not (start.startswith(b"{") or is_needed and start):
+            return
+        self.hold(sys.maxsize)
+        try:
+            members = _LENIENT.decode(str(self.held, "utf-8-sig"))
+            model = members.get("model")
+        except MALFORMED as error:
+            if is_needed:
+                raise BadRequest(f"the body is not a JSON object: {error}") from None
+            return
+        self.members, self.model = members, model if isinstance(model, str) else None
+
+    def _search_form(self, content_type):
+        """Find the part named `model` among those that are whole."""
+        boundary = _BOUNDARY.search(content_type)
+        if not boundary:
+            raise BadRequest("multipart/form-data without a boundary")
+        delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+        part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
+        for match in part.finditer(self.held):
+            if _MODEL_FIELD.search(match[1]):
+                start = match.end()
+                end = self.held.find(b"\r\n" + delimiter, start - 2)
+                if end >= 0:
+                    self.model = self.held[start:end].decode("utf-8", "replace")
+                    self.span = start, end
+                return  # if it is not whole, no later one is
+
+    def _decode(self):
         """Undo its content coding if it has one; then all of it is read."""
         if not self.coding:
             return
@@ -5567,7 +5620,7 @@ class Body:
         self._check_size(len(self.held))
         if not decoder.eof or decoder.unused_data:
             raise BadRequest("the content coding of the body ends too early or late")
-        self.coding, self.length = "", len(self.held)
+        self.coding = ""
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held as it arrives; then the body cannot be sent again."""
@@ -5590,79 +5643,6 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
-
-
-# -- the model's name ------------------------------------------------------------------
-
-
-class RequestInfo(NamedTuple):
-    """The `model` that a body names, and either the `members` of its JSON object or the
-    `span` of bytes in which a form has the model."""
-
-    model: Optional[str] = None
-    span: Tuple[int, int] = (0, 0)
-    members: Mapping[str, object] = {}
-
-
-def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
-    """Return the model that the body of a request names.
-
-    A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, another body is not read, and a form no further than SMALL_BODY. Raise
-    BadRequest and what reading a Body may raise.
-    """
-    body.decode()
-    body.hold(1)
-    if not content_type.lower().startswith("multipart/form-data"):
-        return _find_in_json(body, is_needed)
-    size, is_whole, info = SMALL_BODY, False, RequestInfo()
-    while not is_whole and info.model is None:
-        is_whole = body.hold(size) or not is_needed
-        info = _find_in_form(body.held, content_type)
-        size *= 4
-    return info
-
-
-_LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
-
-
-def _find_in_json(body, is_needed):
-    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if not (is_object or is_needed and body.held):
-        return RequestInfo()
-    body.hold(sys.maxsize)
-    try:
-        members = _LENIENT.decode(str(body.held, "utf-8-sig"))
-        model = members.get("model")
-    except MALFORMED as error:
-        if is_needed:
-            raise BadRequest(f"the body is not a JSON object: {error}") from None
-        return RequestInfo()
-    model = model if isinstance(model, str) else None
-    return RequestInfo(model, members=members)
-
-
-_BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
-_MODEL_FIELD = re.compile(
-    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
-)
-
-
-def _find_in_form(data, content_type):
-    """Find the part named `model` among those that are whole."""
-    boundary = _BOUNDARY.search(content_type)
-    if not boundary:
-        raise BadRequest("multipart/form-data without a boundary")
-    delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
-    part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
-    for match in part.finditer(data):
-        if _MODEL_FIELD.search(match[1]):
-            start, end = match.end(), data.find(b"\r\n" + delimiter, match.end() - 2)
-            if end < 0:
-                break  # nor is any later one whole
-            model = data[start:end].decode("utf-8", "replace")
-            return RequestInfo(model, (start, end))
-    return RequestInfo()
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -5902,14 +5882,13 @@ def error_body(problem: APIError) -> dict:
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it."""
+    """A request as the backend gets it, in chunks if the body's size is unknown. A body
+    that is not complete can be sent only once."""
 
     method: str
     target: str
     headers: Headers
-    held: bytes
-    length: Optional[int]  # of all of the body; None: unknown, sent chunked
-    rest: Optional[Body] = None  # reads what is not held; it can be sent only once
+    body: Body
 
 
 def relay(
@@ -5931,7 +5910,7 @@ def relay(
     except BackendDied:
         backend.report_stall()  # its process may still run
         raise
-    is_sent = outgoing.rest is None or outgoing.rest.is_complete
+    is_sent = outgoing.body.is_complete
     response.is_persistent = response.is_persistent and is_sent
     try:
         if answer.status == 101:
@@ -5956,7 +5935,7 @@ def _ask(outgoing, upstream, monitor):
             sock, was_used = upstream.connect()
         except OSError as error:
             raise BackendDied(f"the backend cannot be reached: {error}") from None
-        if was_used and outgoing.rest is not None:
+        if was_used and not outgoing.body.is_complete:
             upstream.drop(sock)
             continue
         reader = SocketReader(sock, monitor)
@@ -5975,20 +5954,22 @@ def _ask(outgoing, upstream, monitor):
 
 
 def _send(outgoing, upstream, sock, monitor):
-    headers = [("host", upstream.authority), *outgoing.headers]
-    is_chunked = outgoing.length is None
+    headers, body = [("host", upstream.authority), *outgoing.headers], outgoing.body
+    held, unread = body.held, 0
+    if not body.is_complete:
+        unread = body.length and body.length - body.received
+    is_chunked = unread is None
     if is_chunked:
         headers.append(("transfer-encoding", "chunked"))
-    elif outgoing.length or outgoing.method in ("POST", "PUT", "PATCH"):
-        headers.append(("content-length", str(outgoing.length)))
+    elif held or unread or outgoing.method in ("POST", "PUT", "PATCH"):
+        headers.append(("content-length", str(len(held) + unread)))
     start = f"{outgoing.method} {upstream.base_path}{outgoing.target} HTTP/1.1"
-    head, held = render_head(start, headers), outgoing.held
+    head = render_head(start, headers)
     if not is_chunked and len(held) < BUFFER_SIZE:
         head, held = head + held, b""  # one packet for most requests
-    rest = outgoing.rest.rest() if outgoing.rest is not None else ()
     try:
         send_all(sock, head, monitor)
-        for piece in filter(len, itertools.chain([held], rest)):
+        for piece in filter(len, itertools.chain([held], body.rest())):
             send_all(sock, as_chunk(piece) if is_chunked else piece, monitor)
         if is_chunked:
             send_all(sock, as_chunk(b""), monitor)
@@ -7578,7 +7559,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.application.reload_if_changed()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
-        self.row, self.info, self.usage = None, RequestInfo(), Usage()
+        self.row, self.usage = None, Usage()
         try:
             self.parse_request()
             self._check_access()
@@ -7657,7 +7638,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
-        asked = self.info.model or head.parameter("model") or ""
+        members = self.body.members if self.body else {}
+        asked = (self.body and self.body.model) or head.parameter("model") or ""
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
             started=time.time(),
@@ -7668,13 +7650,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             path=head.path[:TEXT_LIMIT],
             asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=self.info.members.get("stream") is True,
+            stream=members.get("stream") is True,
         )
 
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        if self.head is None:  # its client may show no more than a status, if that
+        if self.head is None:  # often TLS, whose client shows no reason
             self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
@@ -7930,7 +7912,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def change_model(self):
         """Begin to load or unload the model that the body names."""
-        model = self._resolve(find_model(self.body, "application/json").model)
+        self.body.find_model("application/json")
+        model = self._resolve(self.body.model)
         is_load = self.head.path == "/models/load"
         change = self.pool.load if is_load else self.pool.unload
         if not change(model):
@@ -8013,7 +7996,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        self._relay(self._upstream_request(self.head.target), backend)
+        self._edit_body()
+        self._relay(self.head.target, backend)
 
     def _check_use(self, refusal):
         """Raise a refusal if the model is not loaded, and may not be by this request:
@@ -8049,20 +8033,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
-        self._read_info(is_needed=False)
+        self.body.find_model(self.head.get("content-type"), is_needed=False)
         self._forward(path + query, refusal, preemptible=is_safe)
-
-    def _read_info(self, is_needed):
-        """Find the model in the body; GET, HEAD and upgrades have none."""
-        head = self.head
-        if head.method not in ("GET", "HEAD") and not head.is_upgrade:
-            self.info = find_model(self.body, head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        self._read_info(is_needed=not name)
-        name = self.info.model or name
+        self.body.find_model(self.head.get("content-type"), is_needed=not name)
+        name = self.body.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
@@ -8072,19 +8050,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _forward(self, target, refusal=None, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
         refusal = self._check_use(refusal)
-        idle_timeout = _idle_timeout_in(self.info.members)
+        idle_timeout = _idle_timeout_in(self.body.members)
         preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
             self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
         notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
-        is_stream = may_stream and self.info.members.get("stream") is True
+        is_stream = may_stream and self.body.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
             self.response.progress_event = self._progress_events().__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(target)
+        self._edit_body()
+        may_repeat = self.body.is_complete and not refusal
         terms = self.model, self.response.heartbeat, preemptible, refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
@@ -8095,13 +8074,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    self._relay(outgoing, backend)
+                    self._relay(target, backend)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
                     has_died = backend.died(1.0)
-                    may_repeat = outgoing.rest is None and not refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
@@ -8133,31 +8111,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, target):
-        body, info, settings = self.body, self.info, self.model.settings
-        held, length, rest = body.held, body.length, body
+    def _edit_body(self):
+        """Change the body as the model's settings say. Raise LoopDetected if it comes
+        from llmswap."""
+        body, settings = self.body, self.model.settings
         if VIA_NAME in ", ".join(self.head.all("via")):
             text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
         removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
-        removed &= info.members.keys()
+        removed &= body.members.keys()
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if info.members and (removed or defaults or overrides):
+        if body.members and (removed or defaults or overrides):
             try:
-                held = edited_json(info.members, removed, defaults, overrides)
+                body.held = edited_json(body.members, removed, defaults, overrides)
             except RecursionError:
                 raise BadRequest("the body is nested too deep") from None
-        elif info.model is not None and settings.model_name:
-            start, end = info.span
-            held = held[:start] + settings.model_name.encode() + held[end:]
-            length = length and length + len(held) - len(body.held)
-        if body.is_complete:
-            length, rest = len(held), None
-        return UpstreamRequest(self.head.method, target, [], held, length, rest)
+        elif body.model is not None and settings.model_name:
+            start, end = body.span
+            body.held[start:end] = settings.model_name.encode()
 
-    def _relay(self, outgoing, backend):
+    def _relay(self, target, backend):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -8174,7 +8149,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        outgoing = outgoing._replace(headers=headers)
+        outgoing = UpstreamRequest(self.head.method, target, headers, self.body)
         relay(outgoing, backend, self.response, self._repair_for)
 
     def _repair_for(self, answer):

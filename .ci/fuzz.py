@@ -319,9 +319,9 @@ def fuzz_read_one(reader, request):
     handler = object.__new__(llmswap.Handler)
     handler.head = request
     assert all(isinstance(key, bytes) for key in handler._given_keys())
-    info = llmswap.find_model(body, request.get("content-type"), is_needed=False)
-    if info.members and body.is_complete:
-        llmswap.edited_json(info.members, ["y"], {"z": 1}, {"model": "other", "x": {}})
+    body.find_model(request.get("content-type"), is_needed=False)
+    if body.members and body.is_complete:
+        llmswap.edited_json(body.members, ["y"], {"z": 1}, {"model": "other", "x": {}})
     data = bytes(body.held) + b"".join(body.rest())
     return request.method, request.target, request.headers, data
 
