@@ -126,9 +126,6 @@ class APIError(Exception):
 class BadRequest(APIError):
     status, type, code = 400, INVALID, "invalid_request"
 
-class SpokenTLS(BadRequest):
-    """A client spoke TLS where HTTP is served."""
-
 class Unauthorized(APIError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
@@ -221,8 +218,9 @@ SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
 UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
+PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+HOST = r"(?:\[([\w:.%]+)\]|([^\s\[\]:/?#*]+))"
 TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
-BOOLEAN = f"(?i:{'|'.join(TRUE_WORDS)}|off|false|0|disabled|no)"
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -237,9 +235,18 @@ def pattern(expected, regex, convert=lambda match: match[0]):
     return parse
 
 
-def or_none(word, parse):
-    """Return a parser that reads this word as None, and other texts with `parse`."""
-    return lambda text: None if text == word else parse(text)
+def either(word, value, parse):
+    """Return a parser that reads this word as `value`, and other texts with `parse`."""
+
+    def parse_either(text):
+        if text == word:
+            return value
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor {word!r}" if word else str(error)) from None
+
+    return parse_either
 
 
 def one_of(*words):
@@ -262,48 +269,30 @@ parse_size = pattern(
     lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
 )
 parse_boolean = pattern(
-    "on or off", BOOLEAN, lambda match: match[0].lower() in TRUE_WORDS
-)
-parse_pin = pattern(
-    "on, off or loaded",
-    f"loaded|{BOOLEAN}",
-    lambda match: "loaded" if match[0] == "loaded" else match[0].lower() in TRUE_WORDS,
+    "on or off",
+    f"(?i){'|'.join(TRUE_WORDS)}|off|false|0|disabled|no",
+    lambda match: match[0].lower() in TRUE_WORDS,
 )
 parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
 parse_score = pattern(
     "from -1000 to 1000", "-?(?:0?[0-9]{1,3}|1000)", lambda match: int(match[0])
 )
-
-
-def parse_url(text) -> str:
-    """Return the URL of a server: with a host, a valid port or none, and no query."""
-    is_usable = False
-    with contextlib.suppress(ValueError):  # of the port, or of a bracket
-        parts = urllib.parse.urlsplit(text)
-        is_usable = parts.hostname and parts.port != 0
-    if not is_usable or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
-    return text
-
-
-parse_endpoint = or_none("none", pattern("a path such as /health", r"/\S*"))
-parse_mac = or_none("", pattern(
+parse_url = pattern(
+    "a URL such as http://127.0.0.1:8000",
+    rf"https?://{HOST}(?::(?!0)(?:{PORT}))?(?:/[^\s?#]*)?",
+)
+parse_host_port = pattern(
+    "an address such as 127.0.0.1:8080 or [::1]:8080",
+    f"{HOST}:({PORT})",
+    lambda match: (match[1] or match[2], int(match[3])),
+)
+parse_endpoint = either("none", None, pattern("a path such as /health", r"/\S*"))
+parse_mac = either("", None, pattern(
     "an address such as ab:cd:ef:01:23:45",
     "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
     lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
 ))
-
-
-def size_text(size) -> str:
-    """Return a size as people write it: the inverse of parse_size."""
-    unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
-    return f"{size / 2 ** UNIT_POWERS[unit]:.4g}{unit}"
-
-
-def resources_text(amounts) -> str:
-    """Return amounts as people write them: the inverse of parse_resources."""
-    return ", ".join(f"{name} {size_text(size)}" for name, size in amounts.items())
 
 
 def parse_words(text) -> tuple:
@@ -312,73 +301,68 @@ def parse_words(text) -> tuple:
     return tuple(dict.fromkeys(part for part in parts if part))
 
 
-parse_host = pattern("a host name without a port", r"\*|[^\s/:*]+|\[[0-9a-f:.]+\]")
-parse_origin = pattern(
+def each(parse, container=tuple):
+    """Return a parser of the parts between commas."""
+    return lambda text: container(map(parse, parse_words(text)))
+
+
+parse_sets = each(lambda names: tuple(map(str.strip, names.split("+"))))
+parse_hosts = each(pattern(  # in lower case, as clients and browsers send names
+    "a host name without a port", rf"\*|{HOST}", lambda match: match[0].lower()
+))
+parse_origins = each(pattern(
     "localhost, * or an origin such as https://chat.example",
-    r"(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
-    lambda match: match[1],
-)
-
-
-def parse_hosts(text) -> tuple:
-    """Return the host names between commas, in lower case as clients send them."""
-    return tuple(map(parse_host, parse_words(text.lower())))
-
-
-def parse_origins(text) -> tuple:
-    """Return the web origins between commas, in lower case as browsers send them."""
-    return tuple(map(parse_origin, parse_words(text.lower())))
-
-
-def parse_resources(text, parse_amount=parse_size) -> dict:
-    """Return amounts by resource: "vram 18G, ram 4G"."""
-    amounts = {}
-    for part in parse_words(text):
-        match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
-        if not match or match[1] in amounts:
-            raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
-        amounts[match[1]] = parse_amount(match[2])
-    return amounts
-
-
-def parse_budget(text) -> dict:
-    """Return amounts by resource, None for `auto`: "vram auto, ram 64G", "auto"."""
-    text = "vram auto, ram auto" if text == "auto" else text
-    amounts = parse_resources(text, or_none("auto", parse_size))
-    for name in amounts.keys() - {"vram", "ram"}:
-        if amounts[name] is None:
-            raise ValueError(f"{name!r} cannot be auto, only vram and ram can")
-    return amounts
-
-
-def parse_sets(text) -> tuple:
-    """Return sets of names, each a tuple: "coder + embed, thinker + embed"."""
-    sets = [tuple(map(str.strip, part.split("+"))) for part in parse_words(text)]
-    if not all(name for names in sets for name in names):
-        raise ValueError(f"{text!r} are not sets such as a + b, a + c")
-    return tuple(sets)
-
+    r"(?i)(\*|localhost|null|[a-z][a-z0-9+.-]*://[^\s/*]+)/?",
+    lambda match: match[1].lower(),
+))
 
 CAPABILITIES = ("vision", "audio", "tools", "embeddings", "rerank")
-parse_capability = pattern(
+parse_capabilities = each(pattern(  # True by name; of `context`, the tokens
     f"one of {', '.join(CAPABILITIES)} or context 32768",
     rf"({'|'.join(CAPABILITIES)})|context[ \t]+([1-9][0-9]{{0,8}})",
     lambda match: (match[1], True) if match[1] else ("context", int(match[2])),
-)
+), dict)
 
 
-def parse_capabilities(text) -> dict:
-    """Return what a model can do: True by name; for `context` the number of tokens."""
-    return dict(map(parse_capability, parse_words(text)))
+def parse_resources(text, automatic=()) -> dict:
+    """Return amounts by resource: "vram 18G, ram 4G". Those that may be automatic are
+    None for "vram auto", all of them for "auto"."""
+    if text == "auto" and automatic:
+        return dict.fromkeys(automatic)
+    amounts = {}
+    for part in parse_words(text):
+        name, _, size = part.partition(" ")
+        if name in amounts:
+            raise ValueError(f"{name!r} is given twice")
+        is_auto = size == "auto" and name in automatic
+        amounts[name] = None if is_auto else parse_size(size.strip())
+    return amounts
+
+
+parse_budget = functools.partial(parse_resources, automatic=("vram", "ram"))
+
+
+def resources_text(amounts) -> str:
+    """Return amounts as people write them: the inverse of parse_resources."""
+    parts = []
+    for name, size in amounts.items():
+        unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
+        parts.append(f"{name} {size / 2 ** UNIT_POWERS[unit]:.4g}{unit}")
+    return ", ".join(parts)
+
+
+def parse_listen(text) -> tuple:
+    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
+    return tuple(
+        os.path.expanduser(part[len("unix:") :])
+        if re.match("unix:.", part) else parse_host_port(part)
+        for part in parse_words(text) or [""]
+    )
 
 
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
-    try:
-        value = json.loads(text or "{}")
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    value = json.loads(text or "{}")  # its ValueError names line and column
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
@@ -394,7 +378,11 @@ def parse_state_dir(text) -> str:
 parse_request = pattern(
     "a request such as POST /sleep?level=1",
     r"(?:([A-Z]+)[ \t]+)?(/[^\s,]*)[ \t]*(\{.*\})?",
-    lambda match: (match[1] or "POST", match[2], match[3] or ""),
+    lambda match: (
+        match[1] or "POST",
+        match[2],
+        json.dumps(parse_object(match[3])) if match[3] else "",
+    ),
 )
 
 
@@ -402,30 +390,7 @@ def parse_requests(text) -> tuple:
     """Return (method, path, JSON body) of each request, separated by commas:
     "POST /wake_up, POST /collective_rpc {"method": "reload_weights"}"."""
     parts = re.split(r"[ \t]*,[ \t]*(?=[A-Z]+[ \t]|/)", text) if text else ()
-    requests = tuple(map(parse_request, parts))
-    for _, _, body in requests:
-        parse_object(body)
-    return requests
-
-
-def parse_host_port(text) -> tuple:
-    """Return host and port: 127.0.0.1:8080, [::1]:8080."""
-    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s\[\]:/]+)):([0-9]{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not an address such as 127.0.0.1:8080")
-    return match[1] or match[2], int(match[3])
-
-
-def parse_listen(text) -> tuple:
-    """Return addresses: (host, port) for TCP, the path alone for a Unix socket."""
-    addresses = tuple(
-        os.path.expanduser(part[len("unix:") :])
-        if re.match("unix:.", part) else parse_host_port(part)
-        for part in parse_words(text)
-    )
-    if not addresses:
-        raise ValueError("an address such as 127.0.0.1:8080 is missing")
-    return addresses
+    return tuple(map(parse_request, parts))
 
 
 # ---- Keys: one row is parser, default, help and example.ini ------------------------
@@ -458,18 +423,15 @@ PROXY_KEYS = (
         "`off`: a request never loads a model; it is loaded by hand or on startup"),
     Key("sets", parse_sets, "",
         "which load together: `coder + embed, big + embed`; others are loaded alone"),
-    Key("cache-models", parse_boolean, "off",
-        "each model in llama.cpp's cache of downloads becomes a model"),
+    Key("cache-models", parse_boolean, "off", "llama.cpp's downloads become models"),
     Key("models-dir", parse_path, "", "every GGUF in it becomes a model"),
-    Key("llama-server", parse_path, "llama-server",
-        "the binary for models that name none"),
+    Key("llama-server", parse_path, "llama-server", "binary for models without one"),
     Key("state-dir", parse_state_dir, "$XDG_CACHE_HOME/llmswap",
         "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
         "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "",
-        "for requests that name no model; empty: the only model there is"),
-    Key("patience", or_none("auto", parse_duration), "auto",
+    Key("default-model", str, "", "for requests that name none; empty: the only model"),
+    Key("patience", either("auto", None, parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
     Key("queue-max", parse_count, "512",
@@ -480,8 +442,7 @@ PROXY_KEYS = (
     Key("allowed-hosts", parse_hosts, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_origins, "localhost",
-        "web origins allowed: `localhost` (any port), a list, or `*`; the status page "
-        "always is"),
+        "web origins allowed beside our own: `localhost` (any port), a list, or `*`"),
     Key("max-body", parse_size, "256M", "larger requests are refused"),
     Key("settle-timeout", parse_duration, "5s",
         "wait at most this long for the GPU memory of a stopped model to be free"),
@@ -528,12 +489,12 @@ MODEL_KEYS = (
     Key("keep-loaded", parse_boolean, "off",
         "load when llmswap starts, and again whenever it fits and nobody waits; "
         "requests for others may evict it; `idle-timeout` does not count"),
-    Key("pin", parse_pin, "off",
+    Key("pin", either("loaded", "loaded", parse_boolean), "off",
         "`on`: neither evicted nor unloaded when idle; `loaded`: not evicted while it "
         "is loaded, and requests for what does not fit beside it are refused"),
     Key("keep-context", parse_boolean, "off",
         "save llama-server's processed prompts at its stop, restore them at its start"),
-    Key("needs", or_none("auto", parse_resources), "",
+    Key("needs", either("auto", None, parse_resources), "",
         "e.g. `vram 18G, ram 4G`; `auto`: measured, the default if `budget` has auto"),
     Key("sleep-needs", parse_resources, "", "what it still holds while `sleeping`"),
     Key("concurrency", parse_count, "0", "requests at once, others wait; 0: no limit"),
@@ -546,13 +507,11 @@ MODEL_KEYS = (
     Key("hang-timeout", parse_duration, "60s",
         "restart after so long without an answer to a request and to health; 0: never, "
         "the default of `cmd` models"),
-    Key("wake-mac", parse_mac, "",
-        "send Wake-on-LAN to this address while the backend does not answer"),
+    Key("wake-mac", parse_mac, "", "send Wake-on-LAN here while the backend is silent"),
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
-    Key("default-params", parse_object, "",
-        "JSON object merged deep under requests, which override it"),
+    Key("default-params", parse_object, "", "JSON object merged deep under requests"),
     Key("set-params", parse_object, "", "JSON object merged deep over requests"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
@@ -595,12 +554,9 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def key_name(key, keys) -> Optional[str]:
-    """Return the name of this key, which may be a synonym, in `keys`, or None."""
-    if keys is MODEL_KEY and re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", key):
-        return key
-    name = SYNONYMS.get(key, key)
-    return name if name in keys else None
+def is_model_key(name) -> bool:
+    """Return whether llmswap, not llama-server, reads this key of a model."""
+    return bool(name in MODEL_KEY or re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", name))
 
 
 def suggestion(name, names) -> str:
@@ -628,16 +584,15 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
 
 # Keys whose value is the whole line, `;` and `#` included; and keys that llama.cpp
 # reads too, so that its rule holds: a comment begins at any `;` or `#`.
-WITHOUT_COMMENT = (
-    *QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params"
-)
+WITHOUT_COMMENT = (*QUOTED_KEYS, "api-key", "proxy-key", "default-params", "set-params")
 SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
 
 class Setting(NamedTuple):
-    """One `key = text`; `place` names file, line, section and key as it is written."""
+    """One `key = text`; `place` names file, line, section and key as it is written,
+    while `key` has dashes and is no synonym."""
 
     key: str
     text: str
@@ -689,16 +644,16 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     place = f"{place} [{section.name}] {key}"
     if section.name != "macros" and not key.startswith("env."):
         key = key.replace("_", "-")
-    keys = PROXY_KEY if section.name == "llmswap" else MODEL_KEY
-    name = "macro" if section.name == "macros" else key_name(key, keys)
+        key = SYNONYMS.get(key, key)
     if key == "cmd":
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
-        lines = [line for line in lines if not line.startswith((";", "#"))]
-        text = " ".join(re.sub(r"[ \t]*\\$", "", line) for line in lines)
-    if name in WITHOUT_COMMENT:
+        lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
+        text = " ".join(filter(None, lines))
+    if key in WITHOUT_COMMENT:
         return Setting(key, text.strip(" \t"), place)
-    is_read_by_llama = name is None or name in SHARED_KEYS
-    comment = (LLAMA_COMMENT if is_read_by_llama else OWN_COMMENT).search(text)
+    is_own = section.name in ("llmswap", "macros") or is_model_key(key)
+    is_shared = not is_own or key in SHARED_KEYS
+    comment = (LLAMA_COMMENT if is_shared else OWN_COMMENT).search(text)
     value = text[: comment.start() if comment else None].strip(" \t")
     if comment and (comment[0] in (";", "#") or value.count('"') % 2):
         warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
@@ -706,10 +661,13 @@ def parse_setting(section, key, text, place, warn) -> Setting:
     return Setting(key, value, place)
 
 
-# ---- Variables: ${NAME}, and the [macros] of the file -------------------------------
+# ---- Texts: with variables and macros as ${NAME}, some quoted as in a shell ----------
 
 VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
-MACRO_DEPTH = 10  # how deep macros may use macros
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
+SHELL_SYNTAX = re.compile(
+    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
+)
 
 
 def expand(text, variables) -> str:
@@ -720,8 +678,6 @@ def expand(text, variables) -> str:
         if match[1] is None:
             return "${"
         if match[1] not in variables:
-            if match[1].startswith("env."):
-                raise ValueError(f"{match[1][len('env.') :]} is not in the environment")
             raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
         return str(variables[match[1]])
 
@@ -730,17 +686,15 @@ def expand(text, variables) -> str:
 
 def needs_port(text) -> bool:
     """Return whether ${PORT} stands in the text."""
-    return any(match[1] == "PORT" for match in VARIABLE.finditer(text))
+    return "PORT" in VARIABLE.findall(text)
 
 
 def read_setting(key, setting, macros, variables, warn):
-    """Return the value of the key, or raise ConfigError with the setting's place.
-
-    A text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
-    `warn` is called for words of a command that only a shell understands.
-    """
+    """Return the value of the key, or raise ConfigError with the setting's place. A
+    text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
+    `warn` is called for words of a command that only a shell understands."""
     text = setting.text
-    for _ in range(MACRO_DEPTH):
+    for _ in range(10):  # so deep may macros use macros
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
     late = LATE_VARIABLES.get(key.name, {})
     try:
@@ -753,14 +707,6 @@ def read_setting(key, setting, macros, variables, warn):
         warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
              "run: write sh -c '...', and ${env.NAME} for $NAME")
     return text if late else value
-
-
-# ---- Commands: quoted as in a shell, though none runs them ---------------------------
-
-ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-SHELL_SYNTAX = re.compile(
-    r"&&?|\|\|?|;|[0-9]*[<>]{1,2}[&\w./~-]*|[^;\s]+;|\$\(.*|`.*|#.*|\$[A-Za-z_]\w*"
-)
 
 
 def split_words(text) -> list:
@@ -793,22 +739,19 @@ PRESET_ONLY_KEYS = ("load-on-startup", "stop-timeout")
 
 
 class Option(NamedTuple):
-    """One option: its spellings in the order of --help, and how many values follow."""
+    """One option: its spellings in the order of --help, how many values follow, and
+    the variables of the environment that set it."""
 
     names: tuple
     negatives: tuple = ()
-    environment: Optional[str] = None
     values: int = 1
+    variables: Sequence[str] = ()
 
+    @property
     def keys(self):
-        """Yield every INI key of the option."""
-        if self.environment:
-            variable = self.environment.replace("_", "-")
-            yield variable
-            if self.negatives:
-                yield variable.replace("LLAMA-ARG-", "LLAMA-ARG-NO-", 1)
-        for name in self.names + self.negatives:
-            yield name.lstrip("-")
+        """The INI keys of the option."""
+        names = [*self.names, *self.negatives, *self.variables]
+        return [name.lstrip("-").replace("_", "-") for name in names]
 
     @property
     def name(self):
@@ -834,7 +777,7 @@ class OptionTable:
 
     def __init__(self, options=()):
         # as in llama.cpp, a later option takes a key from an earlier one
-        self.by_key = {key: option for option in options for key in option.keys()}
+        self.by_key = {key: option for option in options for key in option.keys}
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
@@ -871,14 +814,11 @@ class OptionTable:
             option = self.find(key)
             if option is None:
                 continue
-            other = first.setdefault(option.names[0], place)
-            if other != place:
-                written = other.rpartition(" ")[2]
-                yield f"{place}: the same option as {written}; this one counts"
-            if not {*ROUTER_OPTIONS, "--log-colors"}.isdisjoint(option.names):
-                is_proxy_key = key_name(key, PROXY_KEY)
-                why = "belongs in [llmswap]" if is_proxy_key else "not of a model"
-                yield f"{place}: {why}; it is ignored"
+            other = first.setdefault(option.names[0], key)
+            if other != key:
+                yield f"{place}: the same option as {other}; this one counts"
+            if not ROUTER_OPTIONS.isdisjoint(option.names):
+                yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
                 word = "".join(option.words(option.value(key, text)))
                 yield (f"{place}: {text!r} is neither true nor false; "
@@ -892,38 +832,32 @@ UNKNOWN_OPTIONS = OptionTable()
 
 def unknown_key(key, reason, options=()) -> str:
     """Return why the key is wrong: `reason` and the nearest key or option."""
-    if key_name(key, PROXY_KEY):
+    if key in PROXY_KEY:
         return "belongs in [llmswap]"
-    near = suggestion(key, [*MODEL_KEY, *options])
-    return reason + (near.replace("-", "_") if "LLAMA-ARG" in near else near)
+    return reason + suggestion(key, [*MODEL_KEY, *options])
 
 
 def parse_help(text) -> Optional[OptionTable]:
-    """Return the options in the output of llama-server --help; None for other text.
-
-    A name in the first column begins an option; one blank and a hint after the last
-    name mean that it takes a value. Two words in capitals are two values. Of a flag's
-    further names, those with "no" are negatives.
-    """
+    """Return the options in the output of llama-server --help; None for other text. A
+    name in the first column begins an option; a hint one blank after the last name is
+    its value, two words in capitals are two. Of a flag's further names, those with "no"
+    are negatives."""
     options = []
     for match in OPTION_HELP.finditer(text):
         names, values = re.split(", +", match[1]), len((match[2] or "").split())
-        environment = re.search(r"\(env: (\w+)\)$", match[3])
+        variables = re.findall(r"\(env: (\w+)\)$", match[3])
         negative = re.compile("--no-|-n" if values == 0 else "$")
         negatives = tuple(name for name in names[1:] if negative.match(name))
         positives = tuple(name for name in names if name not in negatives)
-        variable = environment and environment[1]
-        options.append(Option(positives, negatives, variable, values))
-    table = OptionTable(options)
-    model, version = table.by_key.get("model"), table.by_key.get("version")
-    is_sane = model and model.values and version and not version.values
-    return table if is_sane and len(options) >= 150 else None
+        if negatives:
+            variables += [name.replace("_ARG_", "_ARG_NO_", 1) for name in variables]
+        options.append(Option(positives, negatives, values, variables))
+    return OptionTable(options) if len(options) >= 150 else None
 
 
 # ---- Models --------------------------------------------------------------------------
 
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_FOR_ALL = (*EXCLUSIVE_KEYS, "proxy", "alias")
 NOT_MODELS = ("llmswap", "macros", "*")
 
 # The keys whose change needs a new backend, by kind of model.
@@ -947,27 +881,21 @@ SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` n
 
 
 class Model(NamedTuple):
-    """One model as the file describes it.
-
-    `options` are layers of settings, the weakest first, each in the order of its keys.
-    They, the environment and commands may hold variables, which the methods expand.
-    `backends` are the ids of the models whose backend may serve it, the first one
-    preferred. `problem` is None, or why the model cannot be used. `context_dir` is the
-    folder of its saved contexts and ends in a slash; empty: none are saved.
-    """
+    """One model as the file describes it. Its options, environment and commands may
+    hold variables, which the methods expand."""
 
     name: str
     kind: str
     place: str
     settings: ModelSettings
-    options: tuple
+    options: tuple  # layers of settings, the weakest first, each in the order of keys
     variables: dict
-    backends: tuple
-    problem: Optional[str]
+    backends: tuple  # ids of the models whose backend may serve it, the best first
+    problem: Optional[str]  # why it cannot be used
     aliases: tuple = ()
     source: str = "preset"  # as llama.cpp's router calls it
     preset_only: tuple = ()  # keys and texts of llama.cpp's presets that are no options
-    context_dir: str = ""
+    context_dir: str = ""  # of its saved contexts, with a slash; empty: none are saved
 
     @property
     def has_auto_needs(self) -> bool:
@@ -977,7 +905,7 @@ class Model(NamedTuple):
     @property
     def is_pinned(self) -> bool:
         """Whether it is never evicted, loaded or not."""
-        return self.settings.pin is True
+        return self.settings.pin is True and not self.problem
 
     @property
     def launch(self) -> tuple:
@@ -1027,8 +955,7 @@ class Model(NamedTuple):
 
     def stop_command(self, port, pid) -> list:
         """Return the argv of cmd-stop; [] if there is none."""
-        words = self._words(self.settings.cmd_stop, PORT=port, PID=pid)
-        return with_environment(words)
+        return with_environment(self._words(self.settings.cmd_stop, PORT=port, PID=pid))
 
     def url(self, port) -> str:
         """Return the base URL of the backend."""
@@ -1047,26 +974,23 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return the model's name for files, or a hash if it cannot be one."""
+    """Return the model's name as it can be a file's: quoted as in a URL."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
-    if quoted.startswith(".") or len(quoted) > 100:
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-    return quoted
+    return re.sub("^[.]", "%2E", quoted)
 
 
-def has_source(keys) -> bool:
-    """Return whether one of llama-server's keys says where the model's file is."""
-    return any(SOURCE_KEY.fullmatch(key.replace("_", "-")) for key in keys)
+def has_source(settings) -> bool:
+    """Return whether one of these options says where the model's file is."""
+    return any(SOURCE_KEY.fullmatch(setting.key) for setting in settings)
 
 
 def split_settings(section):
-    """Return a section's settings by llmswap's key names, and its list of options."""
+    """Return a section's settings by key, and its list of options."""
     keys, options = {}, []
-    for spelling, setting in sorted(section.settings.items()):
-        name = key_name(spelling, MODEL_KEY)
-        if name:
-            keys[name] = setting
-        elif spelling not in IGNORED_KEYS:
+    for key, setting in sorted(section.settings.items()):
+        if is_model_key(key):
+            keys[key] = setting
+        elif key not in IGNORED_KEYS:
             options.append(setting)
     return keys, options
 
@@ -1083,9 +1007,9 @@ class ModelBuilder:
         self._warn = warn
         self._problems = []
         self._own, options = split_settings(section)
-        proxy = self._own.get("proxy")
-        has_fixed_url = proxy and not needs_port(proxy.text)
-        is_remote = has_fixed_url and not has_source(each.key for each in options)
+        is_remote = "proxy" in self._own and not (
+            needs_port(self._own["proxy"].text) or has_source(options)
+        )
         self._kind = next(
             (name for name in EXCLUSIVE_KEYS if name in self._own),
             "remote" if is_remote else "llama-server",
@@ -1107,16 +1031,14 @@ class ModelBuilder:
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
-        settings, options = ModelSettings(**values), ()
-        if self._kind == "llama-server":
-            options = tuple(
-                [each._replace(text=self._option_text(each)) for each in layer]
-                for layer in self._layers
-            )
-        for setting, reason in self._mistakes(settings):
-            place = setting.place if setting else self._place
-            self._problems.append(f"{place}: {reason}")
-        problem = self._problems[0] if self._problems else None
+        settings = ModelSettings(**values)
+        layers = self._layers if self._kind == "llama-server" else ()
+        options = tuple(
+            [each._replace(text=self._option_text(each)) for each in layer]
+            for layer in layers
+        )
+        self._problems += map(": ".join, self._mistakes(settings))
+        problem = next(iter(self._problems), None)
         preset_only = tuple((key, self._keys[key].text)
                             for key in PRESET_ONLY_KEYS if key in self._keys)
         return Model(self._name, self._kind, self._place, settings, options,
@@ -1141,47 +1063,42 @@ class ModelBuilder:
         return os.path.expanduser(text)
 
     def _mistakes(self, settings):
-        """Yield what is wrong for this kind: the setting to blame, or None, and why."""
-        kind, own = self._kind, self._own
-        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())}
+        """Yield what is wrong for this kind: the place to blame, and why."""
+        kind, own, here = self._kind, self._own, self._place
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
         for setting in self._layers[-1] if kind != "llama-server" else ():
-            reason = f"options of llama-server cannot stand beside {kind}"
-            yield setting, unknown_key(setting.key, f"no key of llmswap; {reason}")
+            why = f"options of llama-server cannot stand beside {kind}"
+            yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
         for key, setting in own.items():
             name = "env.NAME" if key.startswith("env.") else key
             is_other_kind = name in EXCLUSIVE_KEYS and name != kind
             if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
-                yield setting, f"cannot stand beside {kind}"
-            elif name in launch_keys and name not in LAUNCH_KEYS[kind]:
+                yield setting.place, f"cannot stand beside {kind}"
+            elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
-        proxy, has_port = own.get("proxy"), needs_port(settings.proxy)
+        place = own["proxy"].place if "proxy" in own else here
+        has_port = needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
-        keys = {setting.key for layer in self._layers for setting in layer}
-        words = settings.extra_args.split()
-        keys.update(settings.env, (word.split("=")[0].lstrip("-") for word in words))
-        if kind == "llama-server" and not has_source(keys):
-            yield None, "it has no source: model, hf-repo, model-url or docker-repo"
+        if kind == "llama-server" and not any(map(has_source, self._layers)):
+            yield here, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
-            yield proxy, "the proxy of a llama-server needs ${PORT}"
+            yield place, "the proxy of a llama-server needs ${PORT}"
         if kind == "cmd" and has_port and not any(map(needs_port, texts)):
-            yield own["cmd"], "without ${PORT} it needs proxy = URL"
+            yield own["cmd"].place, "without ${PORT} it needs proxy = URL"
         if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
-            yield own[kind], "it must not be empty"
+            yield own[kind].place, "it must not be empty"
         if kind in ("unit", "remote") and has_port:
-            yield proxy, "it needs proxy = URL, without ${PORT}"
+            yield place, "it needs proxy = URL, without ${PORT}"
         if settings.proxy.rstrip("/").endswith("/v1"):
-            self._warn(f"{proxy.place}: what clients ask for begins with /v1 already")
+            self._warn(f"{place}: what clients ask for begins with /v1 already")
         if bool(settings.sleep) != bool(settings.wake):
-            yield None, "sleep and wake need each other"
-
-
-TAG = re.compile(r"[-.]([A-Z0-9_]+)\Z", re.IGNORECASE | re.ASCII)
+            yield here, "sleep and wake need each other"
 
 
 def canonical_name(name) -> str:
     """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
     head, colon, tag = name.rpartition(":")
-    match = TAG.search(tag)
+    match = re.search(r"(?ai)[-.]([A-Z0-9_]+)\Z", tag)
     tag = re.sub("[a-z]+", lambda part: part[0].upper(), match[1] if match else tag)
     return head + colon + tag if colon else name
 
@@ -1191,14 +1108,12 @@ def find_models(directory, place) -> dict:
     llama-server does. Raise OSError."""
     models = {}
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        paths, options = [entry.path], {}
-        if entry.is_dir():
-            with contextlib.suppress(PermissionError):  # lost+found, for one
-                paths = [os.path.join(entry.path, n) for n in os.listdir(entry.path)]
-        # llama-server wants the first file of a split model
-        firsts = [each for each in paths if "-00001-of-" in os.path.basename(each)]
-        for path in [*sorted(firsts), *sorted(paths)]:
-            match = re.search(r"/(mtp-|dspark-|dflash-)?([^/]*)\.gguf\Z", path)
+        # of a split model, llama-server wants the first file
+        _, _, names = next(os.walk(entry.path), ("", (), ()))  # nothing for a file
+        names = sorted(names, key=lambda name: ("-00001-of-" not in name, name))
+        options = {}
+        for path in [os.path.join(entry.path, n) for n in names] or [entry.path]:
+            match = re.search(r"/(mtp-|dspark-|dflash-)?[^/]*\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
                 key = "mmproj" if "mmproj" in match[0] else key
@@ -1230,8 +1145,8 @@ def why_not_together(model, pinned, settings) -> Optional[str]:
     for name, limit in settings.budget.items():
         needed = sum((each.settings.needs or {}).get(name, 0) for each in models)
         if limit is not None and needed > limit:
-            return (f"{prefix} they need {name} {size_text(needed)}, "
-                    f"the budget is {size_text(limit)}")
+            need, budget = resources_text({name: needed}), resources_text({name: limit})
+            return f"{prefix} they need {need}, the budget is {budget}"
     return None
 
 
@@ -1257,10 +1172,10 @@ class Config(NamedTuple):
             return self.models[model_id]
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
-        near = suggestion(name, names)
+        near = suggestion(name, names) or ";"
         shown = ", ".join(listed[:8]) or "none"
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        text = f"there is no model {name!r}{near or ';'} there are {shown}{more}"
+        more = ", ..." if len(listed) > 8 else ""
+        text = f"there is no model {name!r}{near} there are {shown}{more}"
         raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
@@ -1272,11 +1187,10 @@ class Config(NamedTuple):
     def pitfalls(self, table_of: Callable) -> List[str]:
         """Return warnings of options that mean something else to llama.cpp;
         table_of(model) is the OptionTable of a llama-server model."""
-        warnings = {}  # used as a set that keeps its order
-        for model in self.models.values():
-            for layer in model.options:
-                warnings.update(dict.fromkeys(table_of(model).pitfalls(layer)))
-        return list(warnings)
+        return list(dict.fromkeys(
+            warning for model in self.models.values() for layer in model.options
+            for warning in table_of(model).pitfalls(layer)
+        ))
 
 
 WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
@@ -1285,11 +1199,9 @@ WITHOUT_FILE = b"[llmswap]\ncache-models = on\n"
 def load_config(
     path, listen=None, models_max=None, environ=os.environ, list_cached=lambda _: ()
 ) -> Config:
-    """Return the Config of a file, or of WITHOUT_FILE if `path` is None.
-
-    `listen` and `models_max` override the file's. `list_cached(binary)` returns the
-    names of the models in llama.cpp's cache; it is called if they become models. Raise
-    ConfigError.
+    """Return the Config of a file, or of WITHOUT_FILE if `path` is None. `listen` and
+    `models_max` override the file's. `list_cached(binary)` returns the names of the
+    models in llama.cpp's cache and is called if they become models. Raise ConfigError.
     """
     data = WITHOUT_FILE
     if path is not None:
@@ -1310,13 +1222,11 @@ class ConfigLoader:
         self._list_cached = list_cached
         self._cached = ()  # names of the models in llama.cpp's cache
         self._environ = environ
-        self._warnings = {}  # used as a set that keeps its order
+        self._warnings = []
+        self._warn = self._warnings.append
         empty = {name: Section(name, "", {}) for name in NOT_MODELS}
         self._sections = {**empty, **parse_presets(data, path, self._warn)}
         macros = self._sections["macros"].settings
-        for name, setting in macros.items():
-            if name in ("PORT", "PID", "MODEL_ID") or name.startswith("env."):
-                raise ConfigError(f"{setting.place}: this name has its own meaning")
         texts = {name: setting.text for name, setting in macros.items()}
         variables = {f"env.{name}": value for name, value in environ.items()}
         self._context = texts, variables, self._warn
@@ -1333,37 +1243,30 @@ class ConfigLoader:
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
-            if model.problem:
-                continue
             reason = why_not_together(model, pinned, config.settings)
-            if reason:
-                problem = f"{model.place}: {reason}"
-                models[model.name] = model._replace(problem=problem)
+            if reason and not model.problem:
+                models[model.name] = model._replace(problem=f"{model.place}: {reason}")
             elif model.is_pinned:
                 pinned.append(model)
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        return config._replace(warnings=tuple(self._warnings), cached=self._cached)
-
-    def _warn(self, message):
-        self._warnings[message] = True
+        warnings = tuple(dict.fromkeys(self._warnings))
+        return config._replace(warnings=warnings, cached=self._cached)
 
     def _read_settings(self, overrides):
         star, written = self._sections["*"].settings, self._written
-        for key in ("models-max", "LLAMA-ARG-MODELS-MAX"):
-            if key in star and re.fullmatch("[0-9]{1,9}", star[key].text):
-                written["models-max"] = star.pop(key)  # often written there
+        if "models-max" in star and star["models-max"].text.isdigit():
+            written["models-max"] = star.pop("models-max")  # often written there
         if "llama-server" in star:
             written["llama-server"] = star["llama-server"]
-        for spelling, setting in self._sections["llmswap"].settings.items():
-            name = key_name(spelling, PROXY_KEY)
-            if name:
-                written[name] = setting
-            elif key_name(spelling, MODEL_KEY):
+        for key, setting in self._sections["llmswap"].settings.items():
+            if key in PROXY_KEY:
+                written[key] = setting
+            elif is_model_key(key):
                 raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
-            elif spelling not in IGNORED_KEYS:
-                near = suggestion(spelling, PROXY_KEY)
+            elif key not in IGNORED_KEYS:
+                near = suggestion(key, PROXY_KEY)
                 raise ConfigError(f"{setting.place}: unknown key{near}")
         for name, text in overrides.items():
             if text is not None:
@@ -1390,13 +1293,12 @@ class ConfigLoader:
             setting = self._written.get(name)
             if setting and setting.text and not keys:  # all would be open
                 raise ConfigError(f"{setting.place}: there is no key in it")
-        return tuple(dict.fromkeys(keys))
+        return keys
 
     def _build_models(self, settings):
         keys, options = split_settings(self._sections["*"])
-        for name in NOT_FOR_ALL:
-            if name in keys:
-                raise ConfigError(f"{keys[name].place}: cannot be given for all models")
+        for name in keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
+            raise ConfigError(f"{keys[name].place}: cannot be given for all models")
         if "llama-server" in self._written:
             keys.setdefault("llama-server", self._written["llama-server"])
         if None in settings.budget.values():
@@ -1414,8 +1316,8 @@ class ConfigLoader:
             if name not in self._sections:
                 model = model._replace(source=source)
             if model.kind == "llama-server" and model.settings.keep_context:
-                path = os.path.join(settings.state_dir, "context", folder_name(name))
-                model = model._replace(context_dir=f"{path}/")
+                path = f"{settings.state_dir}/context/{folder_name(name)}/"
+                model = model._replace(context_dir=path)
             models.append(model)
         if models and all(model.kind != "llama-server" for model in models):
             for setting in options:
@@ -1461,40 +1363,37 @@ class ConfigLoader:
         """Return the models by id, and fill `_names`: first with ids, then aliases,
         canonical names, repositories with one cached model, and names in lower case.
         A name keeps its first owner."""
-        self._names.update((model.name, model.name) for model in models)
-        named = {}
+        claims = [("the id", model.name, model) for model in models]
         for model in models:
-            aliases = tuple(
-                name for name in model.settings.alias
-                if name != model.name and self._register(name, model, "the alias")
-            )
-            named[model.name] = model._replace(aliases=aliases)
+            claims += [("the alias", name, model) for name in model.settings.alias]
         for model in sorted(models, key=lambda model: model.name, reverse=True):
-            self._register(canonical_name(model.name), model, "llama.cpp's name")
+            claims.append(("llama.cpp's name", canonical_name(model.name), model))
+        for label, name, model in claims:
+            owner = self._names.setdefault(name, model.name)
+            if owner != model.name:
+                self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
             if repositories.count(repository) == 1 and name in self._names:
                 self._names.setdefault(repository, self._names[name])
         for name, owner in [*self._names.items()]:
             self._names.setdefault(name.strip().casefold(), owner)
-        return named
-
-    def _register(self, name, model, label):
-        """Give the model the name if it is free; return whether the model has it."""
-        owner = self._names.setdefault(name, model.name)
-        if owner != model.name:
-            self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
-        return owner == model.name
+        return {
+            model.name: model._replace(aliases=tuple(
+                name for name in model.settings.alias
+                if name != model.name and self._names[name] == model.name
+            ))
+            for model in models
+        }
 
     def _resolve_names(self, config):
         """Return the settings with ids in the place of names of models."""
 
         def find(name, key):
-            model = config.models.get(config.find(name))
-            if model is None:
-                place = self._written[key].place
-                raise ConfigError(f"{place}: there is no model {name!r}")
-            return model
+            try:
+                return config.resolve(name)
+            except ModelNotFound as error:
+                raise ConfigError(f"{self._written[key].place}: {error}") from None
 
         sets = []
         for names in config.settings.sets:
@@ -1573,7 +1472,7 @@ class ModelSpec(NamedTuple):
     models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
     unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
     `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room.
+    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
     """
 
     needs: Mapping[str, int] = {}
@@ -1586,6 +1485,7 @@ class ModelSpec(NamedTuple):
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
+    problem: Optional[APIError] = None
 
 
 class ModelUsage(NamedTuple):
@@ -1666,7 +1566,9 @@ class Ticket:
     it once its model would have to be loaded.
     """
 
-    def __init__(self, number, model, arrived, preemptible, manual, load_refusal):
+    def __init__(
+        self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
+    ):
         self.number = number
         self.model = model
         self.arrived = arrived
@@ -1699,14 +1601,14 @@ class ModelState:
         self.failures = 0
         self.last_failure = None
         self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # inf: keep_loaded waits for a request
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
+        self.is_released = False  # unloaded by hand: keep_loaded waits for a request
         self.idle_timeout = None  # set by a request, until unloaded; inf: never
         self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or crashed; or sleep: it is to fall asleep
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
-        self.removal_error = None  # refuses its tickets once a reload removed it
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1743,8 +1645,13 @@ class ModelState:
     @property
     def is_stopping_soon(self) -> bool:
         """Whether it drains for an unload by hand or a reload, and grants nothing."""
-        reloaded = self.replacement is not None or self.removal_error is not None
-        return self.unload_by is not None or reloaded
+        return self.replacement is not None or self.unload_by is not None
+
+    def serves(self, ticket: Ticket) -> bool:
+        """Whether it is loaded or loads, and serves the ticket before it goes."""
+        is_up = self.state in (State.LOADING, State.LOADED)
+        is_younger = self.drains_for and self.drains_for.number < ticket.number
+        return is_up and not (is_younger or self.is_stopping_soon)
 
     def usage(self) -> ModelUsage:
         """What it takes of the limits now."""
@@ -1781,14 +1688,8 @@ class ModelState:
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
     def reset_failures(self):
-        self.failures, self.retry_at = 0, -math.inf
-        if self.keep_loaded_at < math.inf:
-            self.keep_loaded_at = -math.inf
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again, though the model was unloaded by hand."""
-        if self.keep_loaded_at == math.inf:
-            self.keep_loaded_at = -math.inf
+        self.failures = 0
+        self.retry_at = self.keep_loaded_at = -math.inf
 
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
@@ -1806,9 +1707,10 @@ class ModelState:
         return max(MIN_RETURN_GAP, 2 * max(short))
 
     def unload_at(self) -> float:
-        """When its idle time ends; inf: it is in use, or never unloads."""
+        """When its idle time ends; inf: it loads, is in use, or never unloads."""
+        is_in_use = self.in_flight or self.waiting or self.preemptible
         is_exempt = self.spec.is_pinned or self.spec.keep_loaded
-        if self.in_flight or self.waiting or self.preemptible or is_exempt:
+        if is_in_use or is_exempt or self.state is State.LOADING:
             return math.inf
         if self.idle_timeout is not None:
             return self.idle_since + self.idle_timeout
@@ -1859,6 +1761,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
@@ -1866,21 +1769,17 @@ class Scheduler:
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
-        self._is_keep_loaded_paused = False  # until the next request
         self._closing_error = None  # refuses every ticket once closed
 
     # -- events: requests ------------------------------------------------------------
 
-    def submit(
-        self, name: str, now: float, preemptible=False, manual=False, load_refusal=None
-    ) -> Ticket:
-        """Queue a request for the model; the next `decide` may grant or refuse it."""
+    def submit(self, name: str, now: float, **kind) -> Ticket:
+        """Queue a request for the model; the next `decide` may grant or refuse it. For
+        its `kind` see Ticket."""
         model = self.models[name]
-        model.resume_keep_loaded()
-        self.resume_keep_loaded()
-        number = next(self._numbers)
-        ticket = Ticket(number, model, now, preemptible, manual, load_refusal)
-        if manual:
+        model.is_released = self.is_keep_loaded_paused = False
+        ticket = Ticket(next(self._numbers), model, now, **kind)
+        if ticket.manual:
             model.reset_failures()
         else:
             model.record_arrival(now)
@@ -1902,24 +1801,16 @@ class Scheduler:
             model.in_flight -= 1
         model.record_idle(now)
 
-    def pause_keep_loaded(self):
-        """keep_loaded has no effect until the next request, or `resume_keep_loaded`."""
-        self._is_keep_loaded_paused = True
-
-    def resume_keep_loaded(self):
-        """keep_loaded has effect again."""
-        self._is_keep_loaded_paused = False
-
-    def choose(self, names: Sequence[str]) -> Optional[str]:
+    def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
-        loaded, or None if a reload has removed all of them."""
-        models = [self.models[name] for name in names if name in self.models]
+        loaded."""
+        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
             for model in models:
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
-                    return model.name
-        return models[0].name if models else None
+                    return model
+        return models[0]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -1947,8 +1838,7 @@ class Scheduler:
                     # its next request is no quick return: a client that alternates
                     # between both models may have caused this load
                     victim.evicted_for = None
-                    if victim.pause_began is not None:
-                        victim.record_arrival(math.inf)
+                    victim.record_arrival(math.inf)
         model.advance(State.LOADED, now)
 
     def crashed(self, name: str, run: int, now: float):
@@ -1956,12 +1846,11 @@ class Scheduler:
         model = self._current(name, run)
         if model is not None and model.state in (State.LOADED, State.SLEEPING):
             model.advance(State.UNLOADING, now)
-            model.stop_cause = "crashed"
 
     def adopted(self, name: str, now: float) -> int:
         """The backend already runs; `loaded` follows. Return its run."""
         model = self.models[name]
-        model.resume_keep_loaded()
+        model.is_released = False
         self._begin_run(model, now)
         model.started_at = -math.inf  # unknown
         return model.run
@@ -1986,24 +1875,22 @@ class Scheduler:
         A load that ran out of memory beside other models is retried once, after the
         least recently used of them has stopped: then its name is returned.
         """
-        model = self._current(name, run)
-        victim = None
+        model, victim = self._current(name, run), None
         if model is None:
             return None
-        if model.state is State.UNLOADING and model.stop_cause != "crashed":
+        if model.stop_cause:  # it was told to stop
             model.stop_seconds = now - model.changed_at
         elif model.state is State.LOADING:
             failure = failure or APIError(f"{name} ended while it was loading")
             victim = model.retry_victim = self._choose_retry_victim(model, failure)
             if victim is None:
                 model.record_failure(failure, now)
-                self.refuse_waiting(name, failure)
+                self._refuse_waiting(name, failure)
         elif failure is not None:
             model.last_failure = failure
-            moment = model.ready_at + MAX_BACKOFF
-            model.keep_loaded_at = max(model.keep_loaded_at, moment)
+            model.keep_loaded_at = model.ready_at + MAX_BACKOFF
         else:  # stopped by other means than llmswap
-            model.keep_loaded_at = math.inf
+            model.is_released = True
         model.advance(State.UNLOADED, now)
         self._end_run(model)
         return victim and victim.name
@@ -2011,11 +1898,7 @@ class Scheduler:
     def _choose_retry_victim(self, model, failure):
         """Return the model to stop before a retry of the load; None: no retry."""
         is_first = not model.retry_victim and failure.is_out_of_memory
-        is_wanted = any(
-            ticket.model is model and not ticket.load_refusal
-            for ticket in self._queue.values()
-        )
-        if not (is_first and model.needs_room and is_wanted):
+        if not (is_first and model.needs_room and model.waiting):
             return None
         candidates = (each for each in self.held.values()
                       if each is not model and self._is_evictable(each))
@@ -2027,9 +1910,7 @@ class Scheduler:
         Needs of a running model grow only as far as the budget has room beside all
         others. Call it again when one of those has exited.
         """
-        model = self.models.get(name)
-        if model is None:
-            return
+        model = self.models[name]
         if model.replacement is not None:
             model.replacement = model.replacement._replace(needs=needs)
             return
@@ -2044,10 +1925,8 @@ class Scheduler:
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
-        model = self.models.get(name)
-        if model is None or model.run != run or not model.is_held:
-            return None
-        return model
+        model = self.models[name]
+        return model if model.run == run and model.is_held else None
 
     def _end_run(self, model):
         """Reset the state of the run; a reload that waited for it takes effect."""
@@ -2056,9 +1935,7 @@ class Scheduler:
         model.in_flight = model.preemptible = 0
         model.idle_timeout = model.unload_by = None
         model.stop_cause = model.drains_for = None
-        if model.removal_error is not None:
-            del self.models[model.name]
-        elif model.replacement is not None:
+        if model.replacement is not None:
             model.spec, model.replacement = model.replacement, None
             model.reset_failures()
 
@@ -2070,19 +1947,19 @@ class Scheduler:
         Requests in flight have its stop timeout to end, then the backend is stopped.
         keep_loaded has no effect on it until its next request or a reload.
         """
-        self.models[name].keep_loaded_at = math.inf
+        self.models[name].is_released = True
         return self._unload(name, now, problem)
 
     def unload_all(self, now: float, problem: APIError):
         """Stop every model as if by hand; keep_loaded has no effect until the next
         request for any of them."""
-        self.pause_keep_loaded()
+        self.is_keep_loaded_paused = True
         for name in self.models:
             self._unload(name, now, problem)
 
     def _unload(self, name, now, problem):
         model = self.models[name]
-        self.refuse_waiting(name, problem)
+        self._refuse_waiting(name, problem)
         if model.is_held and model.unload_by is None:
             model.unload_by = now + model.spec.stop_timeout
         return model.is_held
@@ -2092,35 +1969,30 @@ class Scheduler:
         limits: Limits,
         specs: Mapping[str, ModelSpec],
         changed: Sequence[str],
-        removal_error: Callable[[str], APIError],
     ):
         """Take over a new configuration.
 
-        Backends in `changed` drain and are replaced, those not in `specs` drain and
-        stop; `removal_error(name)` refuses tickets of the latter. No lease is cut.
+        Backends in `changed` drain and are replaced. Those not in `specs` drain and
+        stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        for name, model in list(self.models.items()):
-            if name not in specs:
-                model.removal_error, model.replacement = removal_error(name), None
-                self.refuse_waiting(name, model.removal_error)
-                if not model.is_held:
-                    del self.models[name]
+        for name in self.models.keys() - specs.keys():
+            problem = ModelNotFound(f"{name!r} is no longer in the configuration")
+            specs = {**specs, name: ModelSpec(problem=problem)}
+            changed = [*changed, name]
         for name, spec in specs.items():
             model = self.models.setdefault(name, ModelState(name, spec))
-            is_replaced = model.replacement or model.removal_error
-            if model.is_held and (name in changed or is_replaced):
-                model.replacement, model.removal_error = spec, None
+            if model.is_held and (name in changed or model.replacement):
+                model.replacement = spec
             else:
                 model.spec = spec
                 if name in changed:
                     model.reset_failures()
-            model.resume_keep_loaded()
+            model.is_released = False
             if model.is_pinned:
                 model.drains_for = None
 
-    def refuse_waiting(self, name: str, problem: APIError):
-        """Refuse every ticket that waits for the model."""
+    def _refuse_waiting(self, name, problem):
         for ticket in list(self._queue.values()):
             if ticket.model.name == name:
                 self._refuse(ticket, problem)
@@ -2128,11 +2000,6 @@ class Scheduler:
     def close(self, problem: APIError):
         """From now on `decide` refuses every ticket, waiting or new."""
         self._closing_error = problem
-
-    def stop_all(self):
-        """Stop every backend now, in use or not."""
-        for model in self.held.values():
-            model.unload_by = -math.inf
 
     # -- counts ----------------------------------------------------------------------
 
@@ -2150,17 +2017,27 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
+
+        def changes(step):
+            before = self._count_changes()
+            step(now)
+            return self._count_changes() != before
+
         steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(step(now) for step in steps):
+        while any(map(changes, steps)):
             pass  # a decision may make others possible
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
+
+    def _count_changes(self):
+        draining = [model for model in self.held.values() if model.drains_for]
+        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
-        """Walk the queue once; return whether anything changed."""
+        """Walk the queue once."""
         self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
@@ -2171,7 +2048,6 @@ class Scheduler:
             model for model in self.held.values()
             if model.is_pinned and model not in self._stopping
         ]
-        before = self._count_changes()
         wanted = {}  # name -> usage that this ticket and older ones wait for
         waiting, is_full = 0, False  # is_full: `wanted` alone exceeds the limits
         for ticket in list(self._queue.values()):
@@ -2189,59 +2065,42 @@ class Scheduler:
                 wanted[model.name] = model.usage_when_loaded()
                 is_full = is_full or not self.limits.allow(wanted.values())
                 self._try_start(ticket, wanted, is_full, now)
-        return before != self._count_changes()
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _may_grant(self, ticket):
         model, limit = ticket.model, ticket.model.spec.concurrency
-        if model.state is not State.LOADED or model.is_stopping_soon:
-            return False
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        if self._closing_error or is_younger:
+        is_ready = model.state is State.LOADED and model.serves(ticket)
+        if not is_ready or self._closing_error or model.spec.problem:
             return False
         return not limit or model.in_flight < limit or ticket.preemptible
 
     def _refusal_of(self, ticket, waiting, now):
         """Return why a ticket may not wait any longer, or None."""
         model, limits = ticket.model, self.limits
-        if self._closing_error or model.removal_error:
-            return self._closing_error or model.removal_error
+        problem = self._closing_error or (model.replacement or model.spec).problem
+        if problem:
+            return problem
         if limits.queue_timeout:
             ends = ticket.arrived + limits.queue_timeout
             if now >= ends:
                 waited = f"waited {limits.queue_timeout:g} s for {model.name!r}"
                 return QueueTimeout(f"{waited} (queue-timeout in [llmswap])")
             self._look_again_at(ends)
-        is_younger = model.drains_for and model.drains_for.number < ticket.number
-        is_up = model.state in (State.LOADING, State.LOADED)
-        if not is_up or model.is_stopping_soon or is_younger:
-            if ticket.load_refusal:
-                return ticket.load_refusal
+        if ticket.load_refusal and not model.serves(ticket):
+            return ticket.load_refusal
         if not model.is_held and model.spec.is_local and now < model.retry_at:
             seconds = max(1, math.ceil(model.retry_at - now))
             text = f"{model.last_failure}\n(it is tried again in {seconds} s)"
             return LoadBackoff(text, retry_after=seconds)
-        pins = self._pins_in_the_way(model)
-        if pins:
+        pins = [pin for pin in self._pinned if pin is not model]
+        needed = [model.usage_when_loaded(), *(pin.usage() for pin in pins)]
+        is_hindered = pins and model.is_down and model.needs_room
+        if is_hindered and not self.limits.allow(needed):
             names = ", ".join(sorted(pin.name for pin in pins))
             text = f"{model.name!r} does not fit beside the pinned {names}"
             return ModelPinned(f"{text}: unloading by hand makes room")
         is_full = limits.queue_max and waiting >= limits.queue_max
         full = f"{limits.queue_max} requests wait already (queue-max in [llmswap])"
         return QueueFull(full) if is_full else None
-
-    def _pins_in_the_way(self, model):
-        """Return the fewest pinned models without which this one could start."""
-        pins = [pin for pin in self._pinned if pin is not model]
-        if not (pins and model.is_down and model.needs_room):
-            return frozenset()
-        usage = model.usage_when_loaded()
-        return _fewest(pins, lambda unloaded: self.limits.allow(
-            [usage, *(pin.usage() for pin in pins if pin not in unloaded)]
-        ))
 
     def _grant(self, ticket, now):
         model = ticket.model
@@ -2282,7 +2141,7 @@ class Scheduler:
             self._start(model, now, ticket)
         elif is_full or self._awaits_retry(ticket):
             return
-        elif not self._fits(wanted, self._stopping.keys()):
+        elif not self._fits(wanted, self._stopping):
             self._evict(ticket, wanted, now)
         elif self._fits({model.name: wanted[model.name]}):
             self._start(model, now, ticket)
@@ -2310,8 +2169,7 @@ class Scheduler:
     def _start(self, model, now, ticket=None):
         is_wake = model.state is State.SLEEPING
         self._begin_run(model, now)
-        if ticket:
-            self._spare_victims(ticket)
+        self._spare_victims(ticket)
         self._decisions.append(Start(model.name, model.run, is_wake))
 
     def _begin_run(self, model, now):
@@ -2334,9 +2192,9 @@ class Scheduler:
         if victims is None:
             return  # a pinned or reserved model is in the way
         moment = max(self._evictable_at(ticket, victim, now) for victim in victims)
-        gone_by_then = (m for m, at in self._stopping.items() if at <= moment)
+        stopped_by_then = (m for m, at in self._stopping.items() if at <= moment)
         demand = {ticket.model.name: wanted[ticket.model.name]}
-        if not self._fits(demand, victims.union(gone_by_then)):
+        if not self._fits(demand, victims.union(stopped_by_then)):
             moment = max([moment, *self._stopping.values()])
         self._stopping.update(dict.fromkeys(victims, moment))
         if moment > now:
@@ -2366,27 +2224,24 @@ class Scheduler:
         return moment
 
     def _start_keep_loaded(self, now):
-        """If no ticket waits, start a keep_loaded model that fits; return whether it
-        did. A later ticket that needs the room stops such a load at once."""
-        if self._queue or self._closing_error or self._is_keep_loaded_paused:
-            return False
-        wanted = [model for model in self.models.values() if model.spec.keep_loaded]
-        for model in wanted:
+        """If no ticket waits, start the keep_loaded models that fit. A later ticket
+        that needs the room stops such a load at once."""
+        if self._queue or self._closing_error or self.is_keep_loaded_paused:
+            return
+        for model in self.models.values():
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
-            is_missing = model.spec.can_sleep or model.state is State.UNLOADED
-            if not (is_missing and model.is_down):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
+            wanted = {model.name: model.usage_when_loaded()}
+            if is_wanted and is_missing and self._fits(wanted):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
-                    return True
-                self._look_again_at(moment)
-        return False
+                else:
+                    self._look_again_at(moment)
 
     def _stop_models(self, now):
-        """Stop every model that has drained or idled long enough; return if any."""
-        before = len(self._decisions)
+        """Stop every model that has drained or idled long enough."""
         for model in self.held.values():
             cause, moment = self._stop_due(model)
             if now < moment:
@@ -2401,23 +2256,21 @@ class Scheduler:
             model.stop_cause = "sleep" if to_sleep else cause
             stop = Stop(model.name, model.run, cause, newcomer, to_sleep)
             self._decisions.append(stop)
-        return len(self._decisions) != before
 
     def _stop_due(self, model):
         """Return why the model is to be stopped, and when; inf: not for now."""
-        is_loading = model.state is State.LOADING
         once_drained = math.inf if model.in_flight else -math.inf
         if model.state is State.UNLOADING:
             return None, math.inf
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
-            by = -math.inf if is_loading else min(model.unload_by, once_drained)
-            return cause, by
+            return cause, min(model.unload_by, once_drained)
         if model.is_stopping_soon:
             return "reload", once_drained
         if model.drains_for:
+            is_loading = model.state is State.LOADING
             return "abandoned" if is_loading else "evicted", once_drained
-        return "idle", math.inf if is_loading else model.unload_at()
+        return "idle", model.unload_at()
 
 
 # ==================================================================================
@@ -2441,7 +2294,6 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
 PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
-MAX_BEFORE_READY = 0.99  # of the progress of a load
 
 
 def free_port() -> int:
@@ -2477,15 +2329,13 @@ def read_text_or_empty(path):
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
     the kernel does not tell, so that any listener is believed."""
-    exact, wild = set(), set()
+    inodes = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
             for address, inode in _listeners(family, port):
-                if address == b"\x7f\0\0\1":
-                    exact.add(inode)
-                elif not any(address) or address.endswith(b"\xff\xff\x7f\0\0\1"):
-                    wild.add(inode)
-    return exact or wild
+                if not any(address) or address.endswith(b"\x7f\0\0\1"):
+                    inodes.add(inode)
+    return inodes
 
 
 def _listeners(family, port):
@@ -2515,7 +2365,7 @@ def _listeners(family, port):
 def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
-    for pid in itertools.chain(likely, (pid for pid, _ in processes())):
+    for pid in itertools.chain(likely, processes()):
         try:
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
@@ -2525,14 +2375,8 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
     return None
 
 
-class ProcessStat(NamedTuple):
-    """What /proc says: `start` is in ticks since boot, `resident` in pages."""
-
-    state: str
-    group: int
-    session: int
-    start: int
-    resident: int
+# What /proc says of a process: `start` in ticks since boot, `resident` in pages.
+ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
 def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
@@ -2543,13 +2387,26 @@ def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
     return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
 
 
-def processes() -> Iterable[Tuple[int, ProcessStat]]:
-    """Yield each process there is; none without /proc."""
+def processes() -> List[int]:
+    """Return all processes there are; none without /proc."""
     with contextlib.suppress(OSError):  # not Linux, or no descriptor is left
-        for name in os.listdir("/proc"):
-            stat = process_stat(name) if name.isdigit() else None
-            if stat:
-                yield int(name), stat
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return []
+
+
+def group_members(group: Optional[int]) -> Set[int]:
+    """Return the processes of a process group, the dead that are not reaped, too."""
+    members = set()
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            if os.getpgid(pid) == group:
+                members.add(pid)
+    return members
+
+
+def process_name(pid: int) -> str:
+    """Return the number and the name of a process, for people."""
+    return f"process {pid} ({read_text_or_empty(f'/proc/{pid}/comm').strip() or '?'})"
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2569,10 +2426,9 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
-        elif child_stat.session != owner.session and child_stat.group != owner.group:
+        elif child_stat.session != owner.session:
             if not may_hide or owner.start < child_stat.start:
-                name = read_text_or_empty(f"/proc/{holder}/comm").strip() or "?"
-                return f"process {holder} ({name})"
+                return process_name(holder)
     return None
 
 
@@ -2596,7 +2452,7 @@ class Upstream:
         self.port = parts.port or (443 if self.is_tls else 80)
         self.authority = parts.netloc.rpartition("@")[2]
         self.base_path = parts.path.rstrip("/")
-        self._idle = collections.deque()
+        self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
@@ -2608,10 +2464,9 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        suspended = suspended_seconds()
-        if suspended > self._suspended + 1.0:
+        if not self.seen_within(math.inf):
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -2624,10 +2479,9 @@ class Upstream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not self.is_tls:
             return sock
-        if self._tls is None:
-            import ssl
+        import ssl
 
-            self._tls = ssl.create_default_context()
+        self._tls = self._tls or ssl.create_default_context()
         names = {"server_hostname": self.host, "suppress_ragged_eofs": False}
         return self._tls.wrap_socket(sock, **names)
 
@@ -2659,10 +2513,7 @@ class Upstream:
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self.mark_alive()
-        if len(self._idle) >= IDLE_CONNECTIONS:
-            sock.close()
-        else:
-            self._idle.append(sock)
+        self._idle.append(sock)
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2698,10 +2549,10 @@ def set_socket_timeouts(sock: socket.socket):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def await_event(sock: socket.socket, event: int, seconds: float) -> bool:
+def await_event(file, event: int, seconds: float) -> bool:
     """Return whether an event of select.poll() comes within so many seconds."""
     waiter = select.poll()
-    waiter.register(sock, event)
+    waiter.register(file, event)
     return bool(waiter.poll(seconds * 1000))
 
 
@@ -2832,8 +2683,8 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    options = {"stderr": subprocess.STDOUT, "env": environment, **files, **more}
-    deadline, guard = time.monotonic() + timeout, Guard.current or Guard()
+    options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
+    guard, deadline, output = Guard.current or Guard(), time.monotonic() + timeout, None
     try:
         guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
@@ -2841,7 +2692,6 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         return None, f"{argv[0]}: {error.strerror}"
     guard.watch(process.pid)
     with process.stdout:
-        output = None
         while output is None:
             is_over = process.poll() is not None or until()
             is_over = is_over or time.monotonic() >= deadline
@@ -2878,21 +2728,19 @@ def options_of(binary: str) -> OptionTable:
         if time.monotonic() >= ask_again_at:
             ours = clean_environment({}).items()
             env = {n: text for n, text in ours if not n.startswith("LLAMA_ARG_")}
-            argv, no_log = [path, "--help"], subprocess.DEVNULL
-            status, text = run_command(argv, 10.0, env=env, stderr=no_log)
-            was_killed = status is None
-            table = None if was_killed else parse_help(text)
-            options = table or UNKNOWN_OPTIONS
-            pause = ASK_AGAIN_AFTER if was_killed else math.inf
-            _options[key] = options, time.monotonic() + pause
+            status, text = run_command([path, "--help"], 10.0, env=env)
+            if status is None:
+                ask_again_at = time.monotonic() + ASK_AGAIN_AFTER
+            else:
+                options, ask_again_at = parse_help(text) or UNKNOWN_OPTIONS, math.inf
+            _options[key] = options, ask_again_at
         return options
 
 
 def cached_models(binary: str) -> Optional[List[str]]:
     """Return llama.cpp's downloads, each as user/repo:TAG; None if the binary does not
     tell. It takes 10 s at most."""
-    argv, no_log = [binary, "--cache-list"], subprocess.DEVNULL
-    status, text = run_command(argv, 10.0, stderr=no_log)
+    status, text = run_command([binary, "--cache-list"], 10.0)
     return re.findall(r"(?m)^ *\d+\. (\S+)$", text) if status == 0 else None
 
 
@@ -2983,20 +2831,19 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    _lateness = "was not ready and showed no sign of progress"
-
-    def __init__(self, model: Model, listener, upstream: Optional[Upstream] = None):
+    def __init__(self, model: Model, listener, place: str = ""):
         self.model = model
-        self.upstream = upstream
+        self.upstream = Upstream(model.url("")) if place else None
         self.pid = None  # of its main process, once known
-        self.port = upstream and upstream.port
-        self.location = None  # pid and port, unit or URL, for people
+        self.port = self.upstream and self.upstream.port
+        self.location = place  # pid and port, unit or URL, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
-        self._title = model.name
+        self._title = f"{model.name} ({place})" if place else model.name
+        self._load_timeout = model.settings.load_timeout or math.inf
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
@@ -3006,7 +2853,7 @@ class Backend:
         self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
         self._stranger = None  # the process that has its port, for people
-        self._own_inodes, self._may_hide = None, True  # of its listeners
+        self._own_inodes = None  # of its listeners
         self._sleep_poll, self._is_asleep = math.inf, False
         self._is_ready = self._is_stop_asked = self._is_kill_asked = False
         self._is_saving = False  # its context, though it is asked to stop
@@ -3019,7 +2866,7 @@ class Backend:
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
-        self._is_kill_asked = self._is_kill_asked or at_once
+        self._is_kill_asked |= at_once
         self._is_stop_asked = True
         self._interrupt()
 
@@ -3042,12 +2889,7 @@ class Backend:
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
-        if self._ended.is_set():
-            return False
-        if not self.upstream.seen_within(math.inf):  # this machine was suspended
-            if not self._probe(HEALTH_TIMEOUT).ok:
-                self.report_stall()
-        return True
+        return not self._ended.is_set()
 
     def record_answer(self, usage):
         """A request was answered: see LlamaServerBackend."""
@@ -3103,7 +2945,6 @@ class Backend:
     def _load_and_report(self):
         self._is_ready = self._load()
         if self._is_ready:
-            self.upstream.mark_alive()
             self._report_loaded()
 
     def _load(self):
@@ -3112,9 +2953,6 @@ class Backend:
         self._spawn()
         self._progress_at = time.monotonic()
         return self._await_healthy()
-
-    def _abandon(self):
-        self._terminate()
 
     def _is_alive(self):
         return not self._is_stop_asked and not self._exited.is_set()
@@ -3142,7 +2980,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(max(0.0, seconds), MAX_DURATION))
+        self._wakeup.wait(min(seconds, MAX_DURATION))
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -3156,11 +2994,11 @@ class Backend:
         `timeout` is for each part of the answer. `stop` and the end of the backend end
         it, too. A health check fails where another process listens.
         """
-        method, path, body = request or ("GET", self.model.settings.check_endpoint, "")
+        settings, timeout = self.model.settings, max(0.001, timeout)
+        method, path, body = request or ("GET", settings.check_endpoint, "")
         headers = {"Connection": "close"}
-        if self.model.settings.proxy_key:
-            key = self.model.settings.proxy_key.encode()
-            headers["Authorization"] = b"Bearer " + key
+        if settings.proxy_key:
+            headers["Authorization"] = f"Bearer {settings.proxy_key}".encode()
         if body:
             headers["Content-Type"] = "application/json"
         sock = None
@@ -3193,14 +3031,14 @@ class Backend:
     def _await_healthy(self):
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
-        limit = self.model.settings.load_timeout or math.inf
-        self._began = self._looked_at = time.monotonic()
+        limit = self._load_timeout
+        began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
-        self._model_size, self._seen_activity = 0, set()
+        self._model_size = self._most_activity = 0
         while self._may_become_ready():
             asked_at = time.monotonic()
-            timeout = min(HEALTH_TIMEOUT, self._progress_at + limit - asked_at)
-            probe = self._probe(max(0.001, timeout))
+            left = self._progress_at + limit - asked_at
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
@@ -3210,11 +3048,11 @@ class Backend:
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
             if now >= self._progress_at + limit:
-                text = f"{self._title} {self._lateness} for {limit:g} s"
+                text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
-            self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
+            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
         return False
 
     def _look_at_load(self):
@@ -3226,18 +3064,17 @@ class Backend:
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
         self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = descendants(self.pid) if self.pid else []
+        family = group_members(self.pid)
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
-        activity = memory >> 20, read >> 20  # a few pages are no progress
-        if self._seen_activity and activity not in self._seen_activity:
-            self._progress_at = self._looked_at  # values seen before are no progress
-        self._seen_activity.add(activity)
+        activity = memory + read >> 20  # a few pages are no progress
+        if activity > self._most_activity:
+            self._most_activity, self._progress_at = activity, self._looked_at
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
-            share = min(MAX_BEFORE_READY, round(memory / self._model_size, 3))
+            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3246,39 +3083,34 @@ class Backend:
         limit, is_answered = self.model.settings.hang_timeout, False
         until = self._silent_since + limit
         while not is_answered and self._is_alive() and time.monotonic() < until:
-            probe = self._probe(until - time.monotonic())
-            is_answered = probe.status is not None
-            if getattr(probe.error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                is_answered = True  # we have no descriptor left: it is not to blame
+            is_answered = self._probe(until - time.monotonic()).status is not None
             if not is_answered:
                 self._wait(min(1.0, until - time.monotonic()))
         self._silent_since = None
         is_answered = is_answered or self.upstream.seen_within(limit)
         if not is_answered and self._is_alive():
-            self._give_up(limit)
+            self._give_up()
 
-    def _give_up(self, limit):
+    def _give_up(self):
         self._is_ready = False  # it is killed, as it would not hear a SIGTERM
         self._report_death()
+        limit = self.model.settings.hang_timeout
         raise LoadFailed(
             f"{self._title} hung: neither a request nor {limit:g} s of health "
             f"checks were answered; it is stopped{self._last_lines()}"
         )
 
     def _is_listener_ours(self):
-        """Return whether its port is served by its processes; else name the stranger. A
-        listener that was once seen to be theirs may not hide later."""
+        """Whether its port is served by its own processes; else set `_stranger`."""
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
+        may_hide = self.model.kind != "llama-server"
         for _ in range(2):  # the first may be the child's, which has just ended
             self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes == self._own_inodes:
-                return True
-            self._stranger = foreign_listener(inodes, self.pid, self._may_hide)
+            if inodes != self._own_inodes:
+                self._stranger = foreign_listener(inodes, self.pid, may_hide)
             if self._stranger is None:
                 self._own_inodes = inodes
-                if inodes and self._may_hide:
-                    self._may_hide = bool(foreign_listener(inodes, self.pid, False))
                 return True
         return False
 
@@ -3290,21 +3122,15 @@ class Backend:
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
             with contextlib.suppress(*MALFORMED):
                 row = json.loads(probe.body)["data"][0].items()
-                row = {name: value for name, value in row if value is not None}
-                parts = {**row.get("meta", {}), **row.get("architecture", {})}
-                set(parts.get("input_modalities", ()))  # raises if it is no list
-                entry = row
+                entry = {name: value for name, value in row if value is not None}
         self._listener.on_described(self, entry)
 
     # -- sleep
 
     def _probe_all(self, timeout, requests):
         """Send requests in order; return whether all were answered 200 in time."""
-        deadline = time.monotonic() + timeout
-        return all(
-            self._probe(max(0.001, deadline - time.monotonic()), request).ok
-            for request in requests
-        )
+        end = time.monotonic() + timeout
+        return all(self._probe(end - time.monotonic(), each).ok for each in requests)
 
     def _put_to_sleep(self):
         if self._probe_all(SLEEP_TIMEOUT, self.model.settings.sleep):
@@ -3314,10 +3140,9 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        limit = self.model.settings.load_timeout or math.inf
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(limit, MAX_WAIT), requests):
+        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
             with contextlib.suppress(LoadTimeout):
                 is_awake = self._await_healthy()
         self._is_asleep = False
@@ -3326,7 +3151,9 @@ class Backend:
         elif not self._is_stop_asked:
             self._note("it did not wake up")
             self._is_ready = False
-            self._abandon()
+            self._terminate()
+            if self._probe(HEALTH_TIMEOUT).ok:  # it is remote, and its machine is awake
+                raise LoadFailed(f"{self._title} did not wake up")
             self._load_and_report()
 
     def _look_asleep(self):
@@ -3352,16 +3179,8 @@ class ProcessBackend(Backend):
         self.lines = collections.deque(maxlen=200)
         self._guard = guard
         self._settle_timeout = settle_timeout
-        self._process = None
-        self._exit_status = None
-        self._lock = threading.Lock()  # of killing the group and reaping its leader
+        self._process = None  # the last that was started
         self._partial_line = b""  # of its output: a line without an end
-
-    def stop(self, at_once=False):
-        """End it: within its stop timeout if it is loaded, else by a kill."""
-        super().stop(at_once)
-        if at_once or not (self._is_ready or self.model.settings.cmd_stop):
-            self._signal_group(signal.SIGKILL)
 
     # -- load
 
@@ -3372,7 +3191,8 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            may_repeat = is_healthy or self._stranger and self._is_port_chosen
+            is_port_chosen = self.upstream.port == self.port
+            may_repeat = is_healthy or self._stranger and is_port_chosen
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
@@ -3381,37 +3201,28 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {"env": environment, "cwd": model.settings.cwd or None}
-        try:
-            argv = self._command()
-            self.upstream = Upstream(model.url(str(self.port)))
-        except ConfigError as error:
-            raise LoadFailed(str(error)) from None
-        self._is_port_chosen = self.upstream.port == self.port
+        cwd, output = model.settings.cwd or None, subprocess.STDOUT
+        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
+        argv = self._command()
+        self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        find_program(argv[0], environment, model.settings.cwd)
         self._stranger = self._own_inodes = None
-        self._may_hide = model.kind == "cmd"
         self._oom_kills = oom_kills()
         self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        options = {"start_new_session": True, **output, **self._surroundings}
-        process = subprocess.Popen(argv, stdin=self._guard.fd, **options)
-        self.pid = process.pid
+        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE}
+        options = {"start_new_session": True, **files, **self._surroundings}
+        self._process = subprocess.Popen(argv, **options)
+        self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
         self._guard.watch(self.pid)
-        with self._lock:
-            self._process = process
         try:
             start_thread(self._watch_process, "process")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
-        if self._is_stop_asked:  # `stop` may have come before there was a process
-            self.stop(self._is_kill_asked)
 
     def _command(self):
         return self.model.command(table_of(self.model), str(self.port))
@@ -3429,14 +3240,12 @@ class ProcessBackend(Backend):
         if exit_fd is not None:
             poll.register(exit_fd, select.POLLIN)
         try:
-            has_exited = False
-            while not has_exited:
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
+            while os.waitid(os.P_PID, self.pid, how) is None:
                 ready = dict(poll.poll(50 if exit_fd is None else None))
                 if output in ready and self._read_output(output) == b"":
                     poll.unregister(output)  # it has closed it
-                how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
-                has_exited = os.waitid(os.P_PID, self.pid, how) is not None
-            for _ in range(16):  # a pipe holds a megabyte; others may write for ever
+            for _ in range(128):  # a pipe holds a megabyte; others may write for ever
                 if not self._read_output(output):
                     break
             if self._partial_line:
@@ -3449,10 +3258,9 @@ class ProcessBackend(Backend):
 
     def _read_output(self, fd):
         """Return what could be read; None if there is nothing now, b"" at the end."""
-        try:
-            data = os.read(fd, 65536)
-        except BlockingIOError:
-            return None
+        data = None
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(fd, MAX_LINE // 2)
         if data:
             self._take_lines(data)
             self._progress_at = time.monotonic()
@@ -3462,27 +3270,20 @@ class ProcessBackend(Backend):
 
     def _take_lines(self, data):
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE:
+        if len(self._partial_line) > MAX_LINE // 2:
             lines, self._partial_line = [*lines, self._partial_line], b""
         for line in lines:
-            for start in range(0, len(line) or 1, MAX_LINE):
-                text = line[start : start + MAX_LINE].decode("utf-8", "replace")
-                self.lines.append(text.rstrip("\r"))
-                self._listener.on_line(self, self.lines[-1])
+            self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
+            self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
-        """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_alive = self._is_alive()
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_alive and is_early and not self._is_port_chosen:
-            self._stranger = None
-        return is_alive and not self._stranger
+        return self._is_alive() and not self._stranger
 
     # -- stop
 
     def _terminate(self):
         """Run the stop command or send SIGTERM, wait for the stop timeout, and kill."""
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             return
         self.upstream.close()
         status, timeout = None, self.model.settings.stop_timeout
@@ -3512,31 +3313,28 @@ class ProcessBackend(Backend):
 
     def _reap(self):
         """Kill the whole group, then reap its leader."""
-        process = self._process
-        gpu_users = group_members(self.pid) if has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         self._signal_group(signal.SIGKILL)  # its workers may outlive the leader
         if not self._exited.wait(10.0):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        with self._lock:
-            self._exit_status, self._process = process.wait(), None
+        self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        process.stdout.close()
+        self._process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
     def _signal_group(self, number):
-        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process is not None:  # else its number may be another's
-                os.killpg(self.pid, number)
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, number)
 
     def _failure(self):
         self._terminate()
-        status = self._exit_status
+        status = self._process.returncode
         why = f"exited with status {status}"
         if self._stranger and not self._is_ready:
             why = f"its port {self.upstream.port} is held by {self._stranger}"
@@ -3550,13 +3348,12 @@ class ProcessBackend(Backend):
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
         self._terminate()
-        text = "\n".join([line for line in list(self.lines) if line.strip()][-10:])
+        text = "\n".join([line for line in self.lines if line.strip()][-10:])
         return f"\n{text[-3000:]}" if text else ""
 
 
 def open_pidfd(pid: int) -> Optional[int]:
-    """Return a descriptor that is readable once the process has ended, if there can be
-    one."""
+    """Return a descriptor that is readable once the process has ended, or None."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -3572,8 +3369,8 @@ def _is_group_alive(group):
         os.killpg(group, 0)
     except OSError:
         return False
-    states = [stat.state for _, stat in processes() if stat.group == group]
-    return any(state not in "ZX" for state in states)
+    stats = filter(None, map(process_stat, group_members(group)))
+    return any(stat.state not in "ZX" for stat in stats)
 
 
 def memory_of(pid: int) -> Dict[str, int]:
@@ -3655,10 +3452,9 @@ class ContextStore:
         with self._lock:
             self._folders = {each.context_dir for each in config.models.values()} - {""}
             self._limit = config.settings.context_max
-            is_first = not self._root
             self._root = os.path.join(config.settings.state_dir, "context")
             with contextlib.suppress(OSError, *MALFORMED):
-                if is_first:
+                if not self._saved:
                     with open(f"{self._root}/manifest.json", "rb") as file:
                         rows = json.load(file).items()
                     self._saved = {path: _saved_context(*row) for path, row in rows}
@@ -3675,10 +3471,9 @@ class ContextStore:
     def pop(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
-                self._update()
-            return saved or SavedContext()
+            saved = self._saved.pop(folder, SavedContext())
+            self._update()
+            return saved
 
     def put(self, folder: str, context: SavedContext):
         """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
@@ -3692,10 +3487,7 @@ class ContextStore:
             if folder not in self._folders or size > self._limit:
                 del self._saved[folder]
                 discard(path for _, path, _ in context.slots)
-        path = f"{self._root}/manifest.json"
-        with open(f"{path}.new", "w", opener=open_private) as file:
-            json.dump(self._saved, file)
-        os.replace(file.name, path)
+        write_json(f"{self._root}/manifest.json", self._saved)
 
 
 def _saved_context(command, speed, size, slots):
@@ -3704,9 +3496,14 @@ def _saved_context(command, speed, size, slots):
     return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
-def open_private(path: str, flags: int) -> int:
-    """Open a file that only this user may read, if it is new."""
-    return os.open(path, flags, 0o600)
+open_private = functools.partial(os.open, mode=0o600)  # by this user, if it is new
+
+
+def write_json(path: str, value):
+    """Replace a file at once by one that only this user may read. Raise OSError."""
+    with open(f"{path}.new", "w", opener=open_private) as file:
+        json.dump(value, file, indent=1)
+    os.replace(file.name, path)
 
 
 def discard(paths: Iterable[str]):
@@ -3779,9 +3576,8 @@ class LlamaServerBackend(ProcessBackend):
         """Return what changes with the command, its environment, binary or models."""
         cwd = self.model.settings.cwd
         paths = [find_program(argv[0], self._surroundings["env"], cwd)]
-        for option, path in zip(argv, argv[1:]):
-            if option == "--model" or path.endswith(".gguf"):
-                paths.append(os.path.join(cwd, path))
+        paths += [os.path.join(cwd, path) for option, path in zip(argv, argv[1:])
+                  if option == "--model" or path.endswith(".gguf")]
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
         files = [(each.st_size, each.st_mtime_ns) for each in stats]
         words = [word for word in argv if word != str(self.port)]
@@ -3883,11 +3679,9 @@ class LlamaServerBackend(ProcessBackend):
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
-        name = re.escape(self._files + folder_name(self.model.name))
-        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
-        with contextlib.suppress(OSError):
-            paths = {each.path for each in os.scandir(self._files)}
-            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
+        name = glob.escape(self._files + folder_name(self.model.name))
+        paths = glob.glob(f"{name}.[0-9]*.{'[0-9a-f]' * 8}")
+        discard(set(paths) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -3901,7 +3695,7 @@ class LlamaServerBackend(ProcessBackend):
         if path:
             body = json.dumps({"filename": os.path.basename(path)})
             request = "POST", target, body
-        probe = self._probe(max(0.001, deadline - time.monotonic()), request)
+        probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
         text = f"{target}: {probe.reason} {probe.body[:200].decode(errors='replace')}"
@@ -3931,11 +3725,6 @@ _GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their 
 }  # fmt: skip
 
 
-def has_gpu_tool() -> bool:
-    """Return whether a vendor's tool, which knows the GPUs, is installed."""
-    return any(map(shutil.which, _GPU_QUERIES["use"]))
-
-
 def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
@@ -3943,8 +3732,7 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     rows = []
     for tool, (options, row, units) in _GPU_QUERIES[query].items():
         if shutil.which(tool):
-            command = [tool, *options]
-            _, text = run_command(command, timeout, stderr=subprocess.DEVNULL)
+            _, text = run_command([tool, *options], timeout)
             for match in re.finditer(row, text, re.MULTILINE):
                 cells = zip(match.groups("0"), units)
                 rows.append(tuple(int(cell) * unit for cell, unit in cells))
@@ -3954,15 +3742,9 @@ def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
-        name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "unknown"
-        return f"process {pid} ({name}) holds GPU memory"
+        return f"{process_name(pid)} holds GPU memory"
     use = max((use for use, in ask_gpus("use")), default=0)
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
-
-
-def group_members(group: int) -> Set[int]:
-    """Return the processes of a process group, the dead that are not reaped, too."""
-    return {pid for pid, stat in processes() if stat.group == group}
 
 
 def settle(pids: Set[int], timeout: float):
@@ -3977,7 +3759,7 @@ def settle(pids: Set[int], timeout: float):
 def resident_by_group() -> Dict[int, int]:
     """Return bytes of resident memory by process group; empty without /proc."""
     sizes = collections.Counter()
-    for _, stat in processes():
+    for stat in filter(None, map(process_stat, processes())):
         sizes[stat.group] += stat.resident * os.sysconf("SC_PAGE_SIZE")
     return sizes
 
@@ -4008,26 +3790,20 @@ def systemctl(unit: str, verb: str, *options: str) -> List[str]:
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units that run. Takes seconds for each if systemd hangs, but
-    ends at `gives_up()`."""
-    running = set()
-    for unit in units:
-        argv = systemctl(unit, "is-active")
-        _, state = run_command(argv, COMMAND_TIMEOUT, gives_up)
-        if state in RUNNING:
-            running.add(unit)
-        if gives_up():
-            break
-    return running
+    """Return those of the units that run, soon once `gives_up()`; takes seconds for
+    each if systemd hangs."""
+
+    def state(unit):
+        return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
+
+    return {unit for unit in units if state(unit) in RUNNING}
 
 
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
     def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.settings.unit
-        self._title = f"{model.name} ({self.location})"
+        super().__init__(model, listener, model.settings.unit)
         self._settle_timeout = settle_timeout
         self._is_started = False
 
@@ -4037,15 +3813,13 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self.model.settings.load_timeout or math.inf
-        deadline = time.monotonic() + limit
+        limit = self._load_timeout
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
             status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
-            if status is None and time.monotonic() >= deadline:
-                text = f"systemctl start took over {limit:g} s"
-                raise LoadTimeout(f"{self._title}: {text}")
+            if status is None and not (text or self._is_stop_asked):
+                raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
         self._exited = exited = threading.Event()  # not that of the last start's watch
@@ -4055,21 +3829,18 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show("MainPID", "ActiveState")
-        self.pid = int(shown.get("MainPID", self.pid or 0)) or None
-        return shown.get("ActiveState", "active") in RUNNING
+        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
+        self.pid = int(shown["MainPID"]) or None
+        return shown["ActiveState"] in RUNNING
 
     def _watch_unit(self, exited):
-        """Wait, on a thread of its own, until its main process ends or, without one,
-        systemd says so."""
+        """Wait until its main process ends or, without one, systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
-            interval = UNIT_POLL if self._is_ready else 1.0
-            if exited.wait(interval) or not self._is_active():
+            if exited.wait(UNIT_POLL) or not self._is_active():
                 break
         if fd is not None:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll()
+            while not await_event(fd, select.POLLIN, MAX_WAIT):
+                pass
             os.close(fd)
         exited.set()
         self._interrupt()
@@ -4078,7 +3849,7 @@ class UnitBackend(Backend):
         """Stop the unit, and wait until nothing of it is left."""
         if not self._is_started:
             return
-        gpu_users = set(descendants(self.pid)) if self.pid and has_gpu_tool() else set()
+        gpu_users = group_members(self.pid)
         if not self._is_ready:
             self._systemctl("kill", options=["--signal=KILL"])
         timeout = self.model.settings.stop_timeout
@@ -4093,37 +3864,35 @@ class UnitBackend(Backend):
 
     def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
         argv = systemctl(self.location, verb, *options)
-        return run_command(argv, COMMAND_TIMEOUT if timeout is None else timeout, until)
+        timeout = COMMAND_TIMEOUT if timeout is None else timeout
+        return run_command(argv, timeout, until, stderr=subprocess.STDOUT)
 
-    def _show(self, *properties):
-        """Return what systemd says of the unit; nothing if it does not answer."""
-        _, text = self._systemctl("show", options=["-p", ",".join(properties)])
-        return dict(line.partition("=")[::2] for line in text.splitlines())
+    def _show(self, **defaults):
+        """Return these properties of the unit, the defaults if systemd is silent."""
+        _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
+        return {**defaults, **dict(row.partition("=")[::2] for row in text.split("\n"))}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
+        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show("MainPID", "ActiveState", "Result", "ExecMainStatus")
-            main, state = shown.get("MainPID"), shown.get("ActiveState", "unknown")
-            result = shown.get("Result", "unknown")
+            shown = self._show(**dict.fromkeys(properties, "unknown"))
+            main, state, result, status = (shown[name] for name in properties)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
             time.sleep(0.05)
-        status = shown.get("ExecMainStatus", "unknown")
         if self._is_ready and result == "success":
             runs_again = state in RUNNING and main not in ("0", str(self.pid))
             self._is_started = not runs_again
             event = "restarted" if runs_again else "stopped"
             self._note(f"{self.location} was {event} by somebody else")
             return None
-        if result == "success":
-            return self._end_error(f"it ended with status {status}")
-        if result == "oom-kill":
-            return self._end_error("killed by the kernel: out of memory")
+        killed = "killed by the kernel: out of memory"
+        reason = {"success": "it ended", "oom-kill": killed}.get(result, result)
         code = int(status) if result == "exit-code" else None
-        return self._end_error(f"{result}, status {status}", code)
+        return self._end_error(f"{reason}, status {status}", code)
 
     def _last_lines(self):
         """Return the journal's last lines, which it has a moment after the end."""
@@ -4145,12 +3914,8 @@ class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
 
-    _lateness = "did not answer"
-
     def __init__(self, model: Model, listener):
-        super().__init__(model, listener, Upstream(model.url("")))
-        self.location = model.url("")
-        self._title = f"{model.name} at {self.location}"
+        super().__init__(model, listener, model.url(""))
         self._next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
@@ -4160,7 +3925,7 @@ class RemoteBackend(Backend):
         trusted = math.inf if self.upstream.is_busy else FRESH
         if self.upstream.seen_within(trusted) or self._probe(HEALTH_TIMEOUT).ok:
             return True
-        self._lose()
+        self._give_up()
         return False if self._ended.wait(POLL_INTERVAL) else None
 
     def died(self, timeout: float) -> bool:
@@ -4169,13 +3934,10 @@ class RemoteBackend(Backend):
         is_refused = probe.error is not None and not probe.timed_out
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
-            self._lose()
+            self._give_up()
         return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
 
-    def _give_up(self, limit):
-        self._lose()
-
-    def _lose(self):
+    def _give_up(self):
         self._exited.set()
         self._wakeup.set()
 
@@ -4198,12 +3960,6 @@ class RemoteBackend(Backend):
                 self._note(f"Wake-on-LAN: {error}")
         return self._is_alive()
 
-    def _abandon(self):
-        """It did not wake up: perhaps its machine sleeps, too, and can be woken."""
-        self._exited.clear()
-        if self._probe(HEALTH_TIMEOUT).ok:
-            raise LoadFailed(f"{self._title} did not wake up")
-
     def _failure(self):
         """It vanished, which is no failure."""
         self._note("it does not answer any more: asleep or gone")
@@ -4217,15 +3973,6 @@ class RemoteBackend(Backend):
 
 COMPANION_OPTIONS = ("-mm", "--mmproj", "-md", "--model-draft")
 MODEL_OPTIONS = ("-m", "--model", *COMPANION_OPTIONS)
-
-
-def descendants(pid: int) -> List[int]:
-    """Return the process and its descendants, as far as the kernel tells."""
-    family = [pid]
-    for each in family:  # it grows meanwhile
-        children = read_text_or_empty(f"/proc/{each}/task/{each}/children")
-        family += map(int, children.split())
-    return family
 
 
 def model_file_size(pid: int) -> int:
@@ -4262,11 +4009,11 @@ def machine_budget(is_own: Callable[[int], bool] = lambda pid: False) -> Dict[st
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget = {"ram": int(memory * RAM_SHARE)}
     sizes = ask_gpus("sizes", TOOL_TIMEOUT)
-    if not sizes:
-        return budget
-    own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
-    free = sum(total - used - GPU_RESERVE for total, used in sizes)
-    return {"vram": max(1, free + own), **budget}
+    if sizes:
+        own = sum(amount for pid, amount in ask_gpus("processes") if is_own(pid))
+        free = sum(total - used - GPU_RESERVE for total, used in sizes)
+        budget["vram"] = max(1, free + own)
+    return budget
 
 
 def belongs_to(pid: int, groups: Set[int], units: Set[str]) -> bool:
@@ -4326,7 +4073,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
             command += [word, *itertools.islice(words, known[word])]
     command += ["-fitp", "on"]
     more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
-    _, text = run_command(command, TOOL_TIMEOUT, stderr=subprocess.DEVNULL, **more)
+    _, text = run_command(command, TOOL_TIMEOUT, **more)
     rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
     for name, *megabytes in rows:
@@ -4348,25 +4095,16 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`, which several llmswaps may share:
-
-        {"version": 1, "needs": {
-            "1f0c...": {"model": "coder", "source": "measured",
-                        "amounts": {"vram": 19541237760, "ram": 1288490188}}}}
-
-    Needs that were raised because memory ran out are not: a restart forgets them.
-    `log(level, text)` must not block. Only `estimate` and `save` do.
+    It is kept by command in `needs.json`, but what was raised because memory ran out: a
+    restart forgets that. `log(level, text)` must not block. Only `estimate` and `save`
+    do.
     """
 
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._known, self._is_saved = {}, True
-        try:
-            self._known = self._read()
-        except OSError as error:
-            log("warning", f"{self._path} cannot be read: {error}")
-        self._estimating = threading.Lock()
+        self._saved = self._read()
+        self._known = dict(self._saved)
         self._saving = threading.Lock()
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
@@ -4380,28 +4118,21 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate what the model needs if nothing is known; return whether it did. It
-        may take 20 s; other threads that ask meanwhile wait, too."""
-        key = _command_key(model)
+        """Estimate the needs if none are known; return whether it did. Takes 20 s."""
+        key, source = _command_key(model), "llama-fit-params"
         if not model.has_auto_needs or key in self._known:
             return False
-        with self._estimating:
-            if key in self._known:
-                return False
-            amounts, source = {}, "llama-fit-params"
-            if model.kind == "llama-server":
-                amounts = fit_params_estimate(model)
-            if not amounts:
-                source = "file sizes"
-                place, other = ("vram", "ram") if "vram" in budget else ("ram", "vram")
-                with contextlib.suppress(ConfigError):
-                    words = model.command(table_of(model), "0")
-                    size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
-                    amounts = {place: int(size), other: 0}
-            known = Known(model.name)
-            if any(amounts.values()):
-                known = Known(model.name, source, amounts)
-            return self._set(key, known)
+        amounts = fit_params_estimate(model) if model.kind == "llama-server" else {}
+        if not amounts:
+            source, place = "file sizes", "vram" if "vram" in budget else "ram"
+            with contextlib.suppress(ConfigError):
+                words = model.command(table_of(model), "0")
+                size = FILES_MARGIN * size_of_files(words, model.settings.cwd)
+                amounts = {"vram": 0, "ram": 0, place: int(size)}
+        known = Known(model.name)
+        if any(amounts.values()):
+            known = Known(model.name, source, amounts)
+        return self._set(key, known)
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
@@ -4434,35 +4165,30 @@ class Needs:
         self._set(key, Known(model.name, "out of memory", amounts))
 
     def _set(self, key, known):
-        if known == self._known.get(key):
-            return False
-        self._known[key], self._is_saved = known, False
-        return True
+        has_changed = known != self._known.get(key)
+        self._known[key] = known
+        return has_changed
 
     def save(self):
         """Write what has changed to the file."""
         with self._saving:
-            if self._is_saved:
+            rows = {key: row for key, row in [*self._known.items()]
+                    if row.amounts and row.source != "out of memory"}
+            rows = {**self._saved, **rows}
+            if rows == self._saved:
                 return
-            self._is_saved = True
-            fresh = f"{self._path}.{os.getpid()}"
+            self._saved = rows
+            needs = {key: row._asdict() for key, row in rows.items()}
             try:
-                rows = {key: row for key, row in self._known.items()
-                        if row.amounts and row.source != "out of memory"}
-                rows = {**self._read(), **rows}
-                needs = {key: row._asdict() for key, row in rows.items()}
-                document = {"version": 1, "needs": needs}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-                with open(fresh, "w", encoding="utf-8") as file:
-                    json.dump(document, file, indent=1)
-                os.replace(fresh, self._path)
+                write_json(self._path, {"version": 1, "needs": needs})
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; a malformed one is set aside. Raise OSError."""
+        """Return what the file holds; nothing if it cannot be read."""
+        rows = {}
         try:
-            rows = {}
             with open(self._path, encoding="utf-8") as file:
                 document = json.load(file)
             if document["version"] != 1:
@@ -4470,15 +4196,11 @@ class Needs:
             for key, row in document["needs"].items():
                 amounts = {name: int(size) for name, size in row["amounts"].items()}
                 rows[key] = Known(**{**row, "amounts": amounts})
-            return rows
         except FileNotFoundError:
-            return {}
-        except MALFORMED as error:
-            text = f"{self._path} cannot be read and is set aside: {error}"
-            self._log("warning", text)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.broken")
-            return {}
+            pass
+        except (OSError, *MALFORMED) as error:
+            self._log("warning", f"{self._path} cannot be read: {error}")
+        return rows
 
 
 def _command_key(model):
@@ -4501,8 +4223,7 @@ def read_gguf(path: str) -> Dict[str, object]:
     None. A file that is cut, or no GGUF, has none."""
     metadata = {}
     try:
-        is_waiting = os.O_NONBLOCK  # it may be a pipe
-        with open(path, "rb", opener=lambda p, f: os.open(p, f | is_waiting)) as file:
+        with open(path, "rb") as file:
             magic, version, _, count = _unpack(file, "4sIQQ")
             if magic != b"GGUF" or version < 2:
                 return {}
@@ -4563,16 +4284,14 @@ class Inspector:
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
         self._looked_at = -math.inf
         self._look = threading.Thread()  # the last look at files
-        self._lock = threading.Lock()
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        with self._lock:
-            is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-            is_due = is_due or len(self._known(models)) < len(models)
-            if is_due and not self._look.is_alive():
-                self._looked_at = time.monotonic()
-                self._look = start_thread(self._inspect_all, "files", list(models))
+        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+        is_due = is_due or len(self._known(models)) < len(models)
+        if is_due and not self._look.is_alive():
+            self._look = start_thread(self._inspect_all, "files", list(models))
+            self._looked_at = time.monotonic()
         self._look.join(LOOK_TIMEOUT)
         return {**{model.name: Details() for model in models}, **self._known(models)}
 
@@ -4623,8 +4342,8 @@ class Inspector:
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
 #    backend's thread, resolve a future). No sleep and no I/O that may block under it,
-#    and no other lock but those of a queue, a future, a Broadcast or a backend's
-#    process, which no thread holds while it waits.
+#    and no other lock but those of a queue, a future or a Broadcast, which no thread
+#    holds while it waits.
 # ==================================================================================
 
 
@@ -4773,22 +4492,20 @@ class Pool:
         self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
-        self._timer = threading.Condition(self._lock)  # the next deadline came nearer
+        self._timer = threading.Condition(self._lock)  # its moment came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
-        self._next_deadline = self._timer_at = math.inf
+        self._timer_at = math.inf  # when the timer decides again
         self._needs = Needs(config.settings.state_dir, log)
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._specs = self._find_specs()
-        self._scheduler = Scheduler(limits, self._specs)
+        self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
-        self._adoption = None
         self._last_request_at = clock()
 
     def start(self):
@@ -4796,12 +4513,10 @@ class Pool:
         load-on-startup and keep-loaded."""
         self._guard.start()
         self._contexts.configure(self.config)
-        with self._lock:
-            self._scheduler.pause_keep_loaded()  # load-on-startup comes first
+        self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
-        self._adoption = start_thread(self._adopt_units, "units")
-        self._adoption.join(ADOPT_TIMEOUT)
+        start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
         models = self.config.models.values()
         wanted = [model for model in models if model.settings.load_on_startup]
         start_thread(self._load_wanted, "startup", wanted)
@@ -4817,25 +4532,21 @@ class Pool:
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
         with self._event():
-            self._scheduler.resume_keep_loaded()
+            self._scheduler.is_keep_loaded_paused = False
 
     def _adopt_units(self):
         """Adopt the units that run already."""
         units = {model.settings.unit for model in self.config.models.values()} - {""}
         running = running_units(units, gives_up=lambda: self._is_closed)
         with self._event() as now:
-            running -= {each.model.settings.unit for each in self._backends.values()}
             for name, model in self.config.models.items():
-                scheduled, unit = self._scheduler.models.get(name), model.settings.unit
-                is_down = scheduled is not None and not scheduled.is_held
-                if unit not in running or model.problem or not is_down:
-                    continue
-                if self._is_closed:
-                    return
-                self._log("info", f"{name}: {unit} runs already")
-                backend = self._new_backend(name, self._scheduler.adopted(name, now))
-                backend.adopt()
-                running.discard(unit)
+                unit = model.settings.unit
+                owned = {each.model.settings.unit for each in self._backends.values()}
+                is_free = unit in running - owned and name not in self._backends
+                if is_free and not (model.problem or self._is_closed):
+                    self._log("info", f"{name}: {unit} runs already")
+                    run = self._scheduler.adopted(name, now)
+                    self._new_backend(name, run).adopt()
 
     # -- requests --------------------------------------------------------------------
 
@@ -4870,12 +4581,9 @@ class Pool:
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` is a future of the backend."""
         with self._event() as now:
-            scheduled = self._scheduled(model)
-            owner = self.config.models.get(scheduled.name)
-            if owner and owner.problem:  # since a reload after `_check_start`
-                raise ModelMisconfigured(owner.problem)
+            name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
-            ticket = self._scheduler.submit(scheduled.name, now, **kind)
+            ticket = self._scheduler.submit(name, now, **kind)
             ticket.waiter = concurrent.futures.Future()
         return ticket
 
@@ -4886,7 +4594,7 @@ class Pool:
         if model.problem:
             raise ModelMisconfigured(model.problem)
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
@@ -4897,50 +4605,30 @@ class Pool:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-
-        def is_over():
-            if self._is_closed:
-                raise ShuttingDown("llmswap is shutting down")
-            return disconnected()
-
-        _await_result(outcome, is_over)
+        problem = _await_result(outcome, disconnected)
+        if problem:
+            raise problem.with_traceback(None)  # other threads raise the same one
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
         try:
             check_start(model)
             self._estimate(model)
-        except LoadFailed as error:
-            problem = error.with_traceback(None)
-            self._log("error", f"{model.name} could not be started: {problem}")
-        except Exception as error:  # a bug, or no descriptor is left
+        except Exception as error:  # also a bug, or no descriptor is left
             problem = error
         with self._lock:
             del self._preparations[model.name]
-            if isinstance(problem, LoadFailed) and not scheduled.is_held:
-                scheduled.last_failure = problem
-        if problem:
-            outcome.set_exception(problem)
-        else:
-            outcome.set_result(None)
-
-    def _scheduled(self, model):
-        """Return the ModelState that serves this model now; raise ModelNotFound if a
-        reload removed it. The lock is held."""
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            raise _removed(model.name)
-        return self._scheduler.models[name]
-
-    def resume_keep_loaded(self):
-        """A request was refused because its model is not loaded: see Scheduler."""
-        with self._event():
-            self._scheduler.resume_keep_loaded()
+            if isinstance(problem, LoadFailed):
+                self._log("error", f"{model.name} could not be started: {problem}")
+                if not scheduled.is_held:
+                    scheduled.last_failure = problem
+        outcome.set_result(problem)
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
         with self._event():
-            self._scheduler.keep_alive(self._scheduled(model).name, seconds)
+            name = self._scheduler.choose(model.backends).name
+            self._scheduler.keep_alive(name, seconds)
 
     # -- operators -------------------------------------------------------------------
 
@@ -4953,11 +4641,11 @@ class Pool:
         return True
 
     def unload(self, model: Model) -> bool:
-        """Begin to unload the model: False if there is nothing to unload. Raise
-        ModelNotFound if a reload has removed it."""
+        """Begin to unload the model: False if there is nothing to unload."""
         problem = ModelUnloaded(f"{model.name!r} was unloaded by hand")
         with self._event() as now:
-            return self._scheduler.unload(self._scheduled(model).name, now, problem)
+            name = self._scheduler.choose(model.backends).name
+            return self._scheduler.unload(name, now, problem)
 
     def unload_all(self, why: str):
         """Begin to unload every model, and keep none loaded until the next request."""
@@ -4983,20 +4671,16 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            for name in self._entries.keys() - unchanged:
-                del self._entries[name]
+            entries = self._entries.items()
+            self._entries = {name: row for name, row in entries if name in unchanged}
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits, self._specs = limits_of(config, budget), self._find_specs()
-            self._scheduler.configure(limits, self._specs, changed, _removed)
-            for model in config.models.values():
-                if model.problem:
-                    reason = ModelMisconfigured(model.problem)
-                    self._scheduler.refuse_waiting(model.name, reason)
+            limits = limits_of(config, budget)
+            self._scheduler.configure(limits, self._find_specs(), changed)
         self._contexts.configure(config)
-        self._adoption = start_thread(self._adopt_units, "units")
+        start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
         self.events.publish({"model": "*", "event": "models_reload"})
 
@@ -5021,9 +4705,8 @@ class Pool:
     def _estimate(self, model):
         """Estimate the needs of the model if unknown, which may take seconds."""
         if self._needs.estimate(model, self.budget):
-            with self._lock:
-                self._refresh_specs()
-                self._schedule()
+            with self._event():
+                self._update_needs()
 
     def _find_specs(self):
         """Return the specs of all models, with the needs known now."""
@@ -5044,43 +4727,37 @@ class Pool:
                 concurrency=model.settings.concurrency,
                 idle_timeout=model.settings.idle_timeout,
                 stop_timeout=model.settings.stop_timeout,
+                problem=model.problem and ModelMisconfigured(model.problem),
             )
             for name, model in self.config.models.items() if model.backends == (name,)
         }
 
-    def _refresh_specs(self):
-        """Use the needs known now. The lock is held."""
-        self._specs = self._find_specs()
-        self._update_needs()
-
     def _update_needs(self):
-        """Tell the Scheduler the needs of models that are measured or estimated."""
-        for name, spec in self._specs.items():
+        """Tell the Scheduler the needs that are measured or estimated, as known now.
+        The lock is held."""
+        for name, spec in self._find_specs().items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
     def _measure_loop(self):
         """Measure whenever a model has been loaded, and then once a minute."""
+        interval = None
         while not self._is_closed:
-            with self._lock:
-                backends = self._measured_backends()
-            self._has_loaded.wait(MEASURE_INTERVAL if backends else None)
+            self._has_loaded.wait(interval)
             self._has_loaded.clear()
-            self._measure()
-
-    def _measured_backends(self):
-        """Return the loaded backends whose needs are measured. The lock is held."""
-        held = self._scheduler.held.values()
-        loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
-        return [backend for backend in loaded if backend.model.has_auto_needs]
+            interval = MEASURE_INTERVAL if self._measure() else None
 
     def _measure(self):
-        """Measure the memory of these backends and learn their needs."""
+        """Measure the memory of the loaded backends with `auto` needs, and learn these;
+        False if there are none."""
         with self._lock:
-            backends = self._measured_backends()
             held = [*self._scheduler.held.values()]
+            loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
+        backends = [backend for backend in loaded if backend.model.has_auto_needs]
+        if not backends:
+            return False
         is_alone = len(held) == 1 and held[0].started_at > -math.inf  # not adopted
-        on_gpu, taken = gpu_memory_by_group() if backends else {}, {}
+        on_gpu, taken = gpu_memory_by_group(), {}
         for backend in backends:
             vram = on_gpu.get(backend.pid)
             if vram is None and is_alone and self._vram_at_start:
@@ -5088,16 +4765,17 @@ class Pool:
                 left = machine_budget().get("vram")
                 vram = left and max(0, self._vram_at_start - left)
             taken[backend] = memory_taken(backend.pid, vram)
-        with self._lock:
+        with self._event():
             if is_alone and len(self._scheduler.held) > 1:
-                return
-            for backend in self._measured_backends():
+                return True
+            for backend in taken.keys() & self._runs.keys():
                 peak = self._runs[backend].peak
-                for name, amount in taken.get(backend, {}).items():
+                for name, amount in taken[backend].items():
                     peak[name] = max(amount, peak.get(name, 0))
                 self._learn(backend, is_over=False)
-            self._schedule()
+            self._update_needs()
         self._needs.save()
+        return True
 
     def _learn(self, backend, is_over):
         model, run = backend.model, self._runs[backend]
@@ -5106,8 +4784,7 @@ class Pool:
             amount > self.budget[name] for name, amount in amounts.items()
         )
         was_squeezed = run.had_neighbours or is_too_large
-        if self._needs.learn(model, run.peak, was_squeezed, is_over):
-            self._refresh_specs()
+        self._needs.learn(model, run.peak, was_squeezed, is_over)
 
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
@@ -5123,16 +4800,14 @@ class Pool:
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
             self._needs.raise_to(model, least)
-            self._refresh_specs()
 
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
         """Return the backend of the model, which may exit at any time, or None; also
-        None if it is in none of the given states, or about to stop. Raise ModelNotFound
-        if a reload has removed the model."""
+        None if it is in none of the given states, or about to stop."""
         with self._lock:
-            scheduled = self._scheduled(model)
+            scheduled = self._scheduler.choose(model.backends)
             if states and (scheduled.is_stopping_soon or scheduled.state not in states):
                 return None
             return self._backends.get(scheduled.name)
@@ -5162,11 +4837,8 @@ class Pool:
         return amounts
 
     def _status(self, model):
-        name = self._scheduler.choose(model.backends)
-        if name is None:
-            return ModelStatus(model.name, kind=model.kind)  # a reload has removed it
-        now, scheduled = self._clock(), self._scheduler.models[name]
-        state, changed_at = scheduled.state, scheduled.changed_at
+        now, scheduled = self._clock(), self._scheduler.choose(model.backends)
+        name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
         owner = self.config.models.get(name)
@@ -5210,7 +4882,7 @@ class Pool:
         """Return how many models there are and are held, and requests run and wait."""
         with self._lock:
             return {
-                "models": len(self._scheduler.models),
+                "models": len(self.config.models),
                 "loaded": len(self._scheduler.held),
                 "requests": self._scheduler.in_flight,
                 "queued": self._scheduler.queued,
@@ -5270,9 +4942,8 @@ class Pool:
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
-            server = self._scheduler.choose(model.backends) if model else None
-            if server and speed is not None:
-                self._speeds[server] = speed
+            if model and speed is not None:
+                self._speeds[self._scheduler.choose(model.backends).name] = speed
             self._revise()
 
     def metrics(self) -> Metrics:
@@ -5295,24 +4966,24 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
-            decisions, self._next_deadline = self._scheduler.decide(self._clock())
+        methods = {
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
+        }
+        decisions = True
+        while decisions:  # a start that fails at once may cause others
+            decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                if isinstance(decision, Start):
-                    has_failed |= not self._start(decision)
-                elif isinstance(decision, Stop):
-                    self._stop(decision)
-                elif isinstance(decision, Grant):
-                    ticket = decision.ticket
-                    ticket.waiter.set_result(self._backends[ticket.model.name])
-                else:
-                    self._refuse(*decision)
+                methods[type(decision)](*decision)
         self._revise()
-        if self._next_deadline < self._timer_at:
-            self._timer_at = self._next_deadline
+        if deadline < self._timer_at:
+            self._timer_at = deadline
             self._timer.notify()
+
+    def _grant(self, ticket):
+        ticket.waiter.set_result(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
         ticket.waiter.set_exception(problem)
@@ -5323,26 +4994,21 @@ class Pool:
         """Decide again at each deadline."""
         with self._lock:
             while not self._is_closed:
-                self._timer_at = self._next_deadline
                 seconds = max(0.0, self._timer_at - self._clock())
                 self._timer.wait(min(seconds, MAX_DURATION))
+                self._timer_at = math.inf
                 self._schedule()
 
-    def _start(self, decision):
-        """Start or wake a backend; return whether it could be started."""
-        name = decision.name
-        self._log("info", f"{name}: {'waking' if decision.is_wake else 'loading'}")
+    def _start(self, name, run, is_wake):
+        self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        if decision.is_wake:
-            self._backends[name].wake()
-            return True
+        if is_wake:
+            return self._backends[name].wake()
         try:
-            self._new_backend(name, decision.run).start()
-            return True
+            self._new_backend(name, run).start()
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
-            self._record_exit(name, decision.run, problem)
-            return False
+            self._record_exit(name, run, problem)
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5362,16 +5028,15 @@ class Pool:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
 
-    def _stop(self, decision):
-        name, cause = decision.name, decision.cause
+    def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
-        self._stop_reasons[name] = STOP_REASONS[cause].format(decision.newcomer)
+        self._stop_reasons[name] = STOP_REASONS[cause].format(newcomer)
         reason = "by hand" if cause == "unload" else cause
-        if decision.newcomer:
-            reason += f" for {decision.newcomer}"
-        action = "going to sleep" if decision.to_sleep else "unloading"
+        if newcomer:
+            reason += f" for {newcomer}"
+        action = "going to sleep" if to_sleep else "unloading"
         self._log("info", f"{name}: {action} ({reason})")
-        if decision.to_sleep:
+        if to_sleep:
             self._backends[name].sleep()
         else:
             self._backends[name].stop()
@@ -5393,8 +5058,8 @@ class Pool:
         run = self._runs[backend]
         if seconds >= run.next_load_line:
             run.next_load_line = seconds + LOAD_LINE_EVERY
-            share, why = percent(backend.progress), backend.refusal
-            why = f" ({why})" if why else ""
+            why = f" ({backend.refusal})" if backend.refusal else ""
+            share = percent(backend.progress)
             self._log("info", f"{name}: loading{share} after {seconds:.0f} s{why}")
 
     def on_loaded(self, backend):
@@ -5409,7 +5074,6 @@ class Pool:
                 self._metrics["swaps",] += models[name] in evicted_for
             self._scheduler.loaded(name, run.number, now)
             run.had_neighbours |= len(self._scheduler.held) > 1
-            run.next_load_line = LOAD_LINE_EVERY  # should it wake up
         if backend.model.has_auto_needs:
             self._has_loaded.set()
         self._log("info", f"{name}: {took} ({backend.location})")
@@ -5442,8 +5106,7 @@ class Pool:
         self._needs.save()
         is_unit = backend.model.kind == "unit" and not self._is_closed
         if is_unit and problem is None and backend.died(0):
-            # somebody may have restarted it
-            self._adoption = start_thread(self._adopt_units, "units")
+            start_thread(self._adopt_units, "units")  # if somebody restarted it
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""
@@ -5495,30 +5158,25 @@ class Pool:
     def close(self, grace: float):
         """Refuse tickets, give requests in flight `grace` seconds, then stop all
         backends in parallel and wait for their end."""
-        with self._event() as now:
-            self._scheduler.close(ShuttingDown("llmswap is shutting down"))
+        problem = ShuttingDown("llmswap is shutting down")
+        with self._event():
+            self._scheduler.close(problem)
             self._is_closed = True
             self._timer.notify()
             self._has_loaded.set()
-            deadline = now + grace
         with self._event():
-            while self._scheduler.in_flight and self._clock() < deadline:
-                self._changed.wait(deadline - self._clock())
-            self._scheduler.stop_all()
+            self._changed.wait_for(lambda: not self._scheduler.in_flight, grace)
+            self._scheduler.unload_all(-math.inf, problem)  # at once
             for backend in self._backends.values():
                 backend.stop()  # also one that is falling asleep
         with self._lock:
-            while self._backends:
-                self._changed.wait()
-        if self._adoption:
-            self._adoption.join(2 * POLL_INTERVAL)
+            self._changed.wait_for(lambda: not self._backends)
         self._guard.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
         with self._event():
             self._scheduler.close(ShuttingDown("llmswap is shutting down"))
-            self._scheduler.stop_all()
             for backend in self._backends.values():
                 backend.stop(at_once=True)
 
@@ -5538,13 +5196,11 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=POLL_INTERVAL)
-        if not future.done() and disconnected():
+    while not (future.done() or concurrent.futures.wait([future], POLL_INTERVAL).done):
+        if disconnected():
             raise ClientDisconnected
-    problem = future.exception()
-    if problem is not None:
-        raise problem.with_traceback(None)  # other threads raise the same one
+    if future.exception():
+        raise future.exception().with_traceback(None)  # other threads raise the same
     return future.result()
 
 
@@ -5553,10 +5209,6 @@ def address_of(model: Model) -> Dict[str, int]:
     the same address are never loaded together."""
     is_bound = model.kind == "unit" and not model.problem
     return {model.url(""): 1} if is_bound else {}
-
-
-def _removed(name):
-    return ModelNotFound(f"the model {name!r} is no longer in the configuration")
 
 
 def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
@@ -5617,6 +5269,7 @@ HOP_BY_HOP = frozenset(
     "proxy-authenticate proxy-authorization expect".split()
 )
 
+SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 Headers = List[Tuple[str, str]]
 
 
@@ -5648,10 +5301,8 @@ class StallMonitor:
 
 
 class SocketReader:
-    """Reads one connection through a buffer. One thread uses it.
-
-    `on_timeout()` is called whenever POLL_INTERVAL passes without a byte; it may raise.
-    """
+    """Reads one connection through a buffer, on one thread. `on_timeout()` is called
+    whenever POLL_INTERVAL passes without a byte; it may raise."""
 
     def __init__(self, sock: socket.socket, on_timeout=lambda: None):
         self.sock = sock
@@ -5687,27 +5338,25 @@ class SocketReader:
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
         Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
-        data, end, received = b"", -1, 0
-        while end < 0:
+        data, received = b"", 0
+        while True:
             searched = max(0, len(data) - 3)
             piece = self.recv()
             if not piece:
                 return b""
             self.is_untouched = False
-            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
-            end = data.find(b"\r\n\r\n", searched)
-            if data.startswith(b"\x16\x03"):  # as a client of https does
-                raise SpokenTLS("this is plain HTTP: use http://, not https://")
             received += len(piece)
-            unused = len(data) - end - 4 if end >= 0 else 0
-            if received - unused > MAX_HEAD:
+            data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
+            lines, blank_line, rest = data.partition(b"\r\n\r\n")
+            if received - len(rest) > MAX_HEAD:
                 raise HeadersTooLarge(f"the head is larger than {MAX_HEAD} bytes")
-            if end < 0:
-                if _ILLEGAL_IN_HEAD.search(data, searched):
-                    raise BadRequest("this is not HTTP/1 in lines that end with CRLF")
-                self.on_timeout()  # limits a head that is sent byte by byte, too
-        self.buffer = data[end + 4 :] + self.buffer
-        return data[: end + 4]
+            if blank_line:
+                self.buffer = rest + self.buffer
+                return lines + blank_line
+            if _ILLEGAL_IN_HEAD.search(data, searched):
+                text = "this is not HTTP/1 in lines that end with CRLF"
+                raise BadRequest(f"{text}; use http://, not https://")
+            self.on_timeout()  # limits a head that is sent byte by byte, too
 
 
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
@@ -5735,7 +5384,6 @@ _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
 )
-_ABSOLUTE_FORM = re.compile("(?i)https?://([^/?]+)(/[^?]*)?([?].*)?")  # of a target
 _STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
 
 
@@ -5825,17 +5473,12 @@ class Request(MessageHead):
         hosts = self.all("host")
         if len(hosts) > 1 or not (hosts or self.is_http_10):
             raise BadRequest("a request must have one Host")
-        is_asterisk = self.target == "*" and self.method == "OPTIONS"
-        if not self.target.startswith("/") and not is_asterisk:
-            url = _ABSOLUTE_FORM.fullmatch(self.target)
-            if not url or url[1].lower() != self.get("host").lower():
-                raise BadRequest("the target must be a path, or a URL of this host")
-            self.target = (url[2] or "/") + (url[3] or "")
+        if not self.target.startswith("/"):  # no proxy's URL, no asterisk
+            raise BadRequest("the target must be a path")
         self.path, _, self.query = self.target.partition("?")
         # other upgrades (Java's to HTTP/2) are ignored, as RFC 9110 allows
-        is_websocket = self.get("upgrade").lower() == "websocket"
-        is_upgrade = "upgrade" in self.connection and is_websocket
-        self.is_upgrade = is_upgrade and self.method == "GET"
+        is_asked = "upgrade" in self.connection and self.method == "GET"
+        self.is_upgrade = is_asked and self.get("upgrade").lower() == "websocket"
 
     def parameter(self, name: str) -> Optional[str]:
         """Return the first value of a query parameter, or None."""
@@ -5898,14 +5541,12 @@ class Body:
         self._limit = limit
         self._pieces = read_payload(reader, request)
         self.length = request.length
-        coding = request.get("content-encoding").lower()
-        self.coding = "" if self.length == 0 else coding
-        if self.coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        self.coding = request.get("content-encoding").lower()
+        if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
-        expected = request.get("expect").lower()
-        self._expects = expected == "100-continue" and not request.is_http_10
+        self._expects = request.get("expect").lower() == "100-continue"
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -5924,12 +5565,11 @@ class Body:
 
     def decode(self):
         """Undo its content coding if it has one; then all of it is read."""
-        if self.coding in ("", "identity"):
+        if not self.coding:
             return
         self.hold(sys.maxsize)
         data = bytes(self.held)
-        is_raw = data[:1] and data[0] & 15 != 8 and data[:1] != b"\x1f"
-        decoder = zlib.decompressobj(-15 if is_raw else 47)  # 47: of zlib or gzip
+        decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
         try:
             self.held = bytearray(decoder.decompress(data, self._limit + 1))
         except zlib.error as error:
@@ -5972,53 +5612,44 @@ class RequestInfo(NamedTuple):
     model: Optional[str] = None
     span: Tuple[int, int] = (0, 0)
     members: Mapping[str, object] = {}
-    is_json: bool = False
 
 
 def find_model(body: Body, content_type: str, is_needed=True) -> RequestInfo:
     """Return the model that the body of a request names.
 
     A JSON body is read whole, a form as far as its field `model`. If the model is not
-    needed, a body that is neither JSON nor a form is not read, and a form no further
-    than SMALL_BODY. Raise BadRequest, PayloadTooLarge,
-    UnsupportedCoding, RequestTimeout, ClientDisconnected.
+    needed, another body is not read, and a form no further than SMALL_BODY. Raise
+    BadRequest and what reading a Body may raise.
     """
     body.decode()
     body.hold(1)
-    is_form = content_type.lower().startswith("multipart/form-data")
-    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
-    if not (is_form or is_object or is_needed):
-        return RequestInfo()
-    size = SMALL_BODY if is_form else sys.maxsize
-    find = _find_in_form if is_form else _find_in_json
-    while True:
-        is_whole = body.hold(size)
-        try:
-            info = find(body.held, content_type)
-        except BadRequest:
-            if is_needed:
-                raise
-            return RequestInfo()
-        if is_whole or info.model is not None or not is_needed:
-            return info
+    if not content_type.lower().startswith("multipart/form-data"):
+        return _find_in_json(body, is_needed)
+    size, is_whole, info = SMALL_BODY, False, RequestInfo()
+    while not is_whole and info.model is None:
+        is_whole = body.hold(size) or not is_needed
+        info = _find_in_form(body.held, content_type)
         size *= 4
+    return info
 
 
 _LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
 
 
-def _find_in_json(data, _content_type):
-    if not data:
+def _find_in_json(body, is_needed):
+    is_object = bytes(body.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
+    if not (is_object or is_needed and body.held):
         return RequestInfo()
+    body.hold(sys.maxsize)
     try:
-        members = _LENIENT.decode(str(data, "utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(members, dict):
-        raise BadRequest("the body is not a JSON object")
-    model = members.get("model")
+        members = _LENIENT.decode(str(body.held, "utf-8-sig"))
+        model = members.get("model")
+    except MALFORMED as error:
+        if is_needed:
+            raise BadRequest(f"the body is not a JSON object: {error}") from None
+        return RequestInfo()
     model = model if isinstance(model, str) else None
-    return RequestInfo(model, members=members, is_json=True)
+    return RequestInfo(model, members=members)
 
 
 _BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
@@ -6070,6 +5701,11 @@ def to_json(value) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: \ud800
 
 
+def as_event(value) -> bytes:
+    """Return a server-sent event with this value as JSON."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
 CONTROL_CHARS = re.compile(
     "[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -6078,16 +5714,10 @@ CONTROL_CHARS = re.compile(
 # -- the answer, read from the backend -------------------------------------------------
 
 
-class Truncated(Exception):
-    """The backend's answer broke off before its end, or is not HTTP."""
-
-
 class UpstreamResponse(MessageHead):
     """A backend's final answer: the constructor reads its head, `pieces` its payload.
-
-    `length` is that of the head, even if `method` is HEAD and no payload follows.
-    Raise Truncated, OSError.
-    """
+    `length` is that of the head, even if `method` is HEAD and no payload follows. Raise
+    BackendDied, OSError."""
 
     def __init__(self, reader: SocketReader, method: str):
         self.reader = reader
@@ -6097,11 +5727,11 @@ class UpstreamResponse(MessageHead):
             while self.status < 200 and self.status != 101:
                 raw = self.reader.head()
                 if not raw:
-                    raise Truncated("it closed the connection")
+                    raise BackendDied("it closed the connection")
                 super().__init__(raw, _STATUS_LINE, None)
                 self.status = int(self.start[2])
         except (BadRequest, HeadersTooLarge) as error:
-            raise Truncated(f"its answer is not HTTP: {error}") from None
+            raise BackendDied(f"its answer is not HTTP: {error}") from None
         self.is_event_stream = is_event_stream(self._first_values)
         if self.status in (101, 204, 304):
             self.length, self.is_chunked = 0, False
@@ -6111,13 +5741,13 @@ class UpstreamResponse(MessageHead):
 
     def pieces(self) -> Iterable[bytes]:
         """Yield the payload as it arrives, of an event stream only whole chunks, so
-        that it breaks off between events. Raise Truncated if it ends too early."""
+        that it breaks off between events. Raise BackendDied if it ends too early."""
         held_back = SMALL_BODY if self.is_event_stream else 0
         try:
             if self._has_payload:
                 yield from read_payload(self.reader, self, held_back)
         except (OSError, EOFError, BadRequest) as error:
-            raise Truncated(str(error)) from None
+            raise BackendDied(f"the backend broke off: {error}") from None
         if not self.ends_with_connection:
             self.is_reusable = self.is_persistent and not self.reader.buffer
 
@@ -6135,7 +5765,7 @@ class ClientResponse:
     is_early = False  # the head was sent before the backend's was known
     progress_event = None  # after an early head: returns one, or b"" for a comment
     first_at = None  # when the first piece of payload was sent
-    problem = None  # why the response broke off
+    problem = None  # why it is an error or broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
@@ -6150,7 +5780,7 @@ class ClientResponse:
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         left = ClientDisconnected()
-        self._stall = StallMonitor(STALL_SECONDS, left, self._check_reading)
+        self._stall = StallMonitor(STALL_SECONDS, left, self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -6168,17 +5798,17 @@ class ClientResponse:
         start = f"HTTP/1.1 {status} {reason}"
         self._head = render_head(start, headers + self.extra + framing)
 
-    def answer(self, status: int, headers: Headers, payload: bytes):
-        """Send a whole response."""
-        self.start(status, headers, len(payload))
+    def answer(self, payload: bytes, status=200, *headers: Tuple[str, str]):
+        """Send a whole response of our own."""
+        self.start(status, [*headers, SERVER_HEADER], len(payload))
         self.send(payload)
         self.end()
 
-    def start_events(self, *more: Tuple[str, str]):
-        """Begin a stream of events of our own, which a backend's may continue; `more`
-        are further headers."""
-        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        self.start(200, [*headers, ("x-accel-buffering", "no"), *more], None)
+    def start_stream(self, content_type="text/event-stream"):
+        """Begin a stream of our own; a backend's events may continue one of events."""
+        headers = [("content-type", content_type), ("cache-control", "no-cache")]
+        headers += [("x-accel-buffering", "no"), SERVER_HEADER]
+        self.start(200, headers, None)
 
     def send(self, piece):
         """Send a piece of payload, after the head if that was not sent yet."""
@@ -6218,7 +5848,7 @@ class ClientResponse:
         self._comment_at = time.monotonic() + COMMENT_EVERY
         try:
             send_all(self.sock, data, self._stall)
-        except OSError:
+        except (OSError, RequestCancelled):  # no reason can be sent in mid-piece
             raise ClientDisconnected from None
 
     def heartbeat(self):
@@ -6231,45 +5861,41 @@ class ClientResponse:
         is_due = time.monotonic() >= self._comment_at
         if is_due and self.wants_events and not self.status:
             self.is_early = True
-            self.start_events()
+            self.start_stream()
         event = b":\n\n" if is_due else b""
         if self.progress_event and self.is_early and not self.sent:
             event = self.progress_event() or event
         if event and self._is_between_events():
             self._put_framed(event)
 
-    def _check_reading(self):
-        """Raise ClientDisconnected if the request of a client that does not read was
-        cancelled."""
-        if self.is_cancelled:
-            raise ClientDisconnected
-
     def check_cancelled(self):
-        """Raise RequestCancelled, once, if the request was cancelled."""
+        """Raise RequestCancelled if the request was cancelled."""
         if self.is_cancelled:
-            self.is_cancelled = False
             raise RequestCancelled("the request was cancelled by hand")
 
     def _is_between_events(self):
         sent = b"\n\n" + self.excerpt
-        is_complete = sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-        return self._is_events and is_complete
+        return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    def error_event(self, body: dict) -> bytes:
+    def _error_event(self, body):
         """Return an event that the client's SDK raises as this error."""
         if not self.is_for_anthropic:
-            return b"data: " + to_json(body) + b"\n\n"
-        return b"event: error\ndata: " + to_json({"type": "error", **body}) + b"\n\n"
+            return as_event(body)
+        return b"event: error\n" + as_event({"type": "error", **body})
 
-    def abort(self, problem: APIError):
+    def abort(self, problem: APIError, body: Optional[dict] = None):
         """End a response that broke off so that the client notices: between two events
-        by an event, without a length or chunks by a reset."""
+        by an event, `body` or the problem's, and then by a cut, or without a length or
+        chunks by a reset. After an early head alone it ends as a whole one does."""
+        self.problem = problem
+        has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self.error_event(error_body(problem)))
+                self.send(self._error_event(body or error_body(problem)))
+            if self.is_early and not has_payload:
+                return self.end()
             self.flush()
         self.is_persistent = False
-        self.problem = problem
         if not self._is_chunked and not self._is_counted:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -6307,8 +5933,8 @@ def relay(
     the client was sent an early head at most.
     """
     upstream, path = backend.upstream, outgoing.target.partition("?")[0]
-    if upstream.base_path and _PATH_TRAVERSAL.search(path):
-        raise BadRequest("the path must not lead out of the model server's own path")
+    if upstream.base_path and ".." in urllib.parse.unquote(path):
+        raise BadRequest("a path below the model server's own must not contain '..'")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
     try:
         answer = _ask(outgoing, upstream, monitor)
@@ -6331,9 +5957,6 @@ def relay(
             upstream.drop(answer.reader.sock)
 
 
-_PATH_TRAVERSAL = re.compile(r"(?i)(?:[/\\]|%2f|%5c)(?:\.|%2e){2}(?:[/\\;]|%2f|%5c|$)")
-
-
 def _ask(outgoing, upstream, monitor):
     """Send the request; return the answer, of which only the head was read. As the
     backend may have closed a kept connection, none is used for a body that can be sent
@@ -6351,11 +5974,11 @@ def _ask(outgoing, upstream, monitor):
             _send(outgoing, upstream, sock, monitor)
             answer = UpstreamResponse(reader, outgoing.method)
             if answer.status == 101 and "upgrade" not in dict(outgoing.headers):
-                raise Truncated("it switched protocols unasked")
+                raise BackendDied("it switched protocols unasked")
             return answer
         except BaseException as error:
             upstream.drop(sock)
-            if not isinstance(error, (OSError, Truncated)):
+            if not isinstance(error, (OSError, BackendDied)):
                 raise
             if not (was_used and reader.is_untouched):
                 raise BackendDied(f"the backend gave no answer: {error}") from None
@@ -6383,14 +6006,13 @@ def _send(outgoing, upstream, sock, monitor):
         pass  # it may have answered before it read everything
 
 
-_LINE_ENDS = (b"", b"\n", b"\r")
-
-
 def _pass_on(answer, backend, response, transform):
     """Pass the answer on piece by piece; if it breaks off, abort the response."""
+    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
+    if answer.is_event_stream and not answer.get("x-accel-buffering"):
+        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
     if not response.is_early:
-        length = None if transform else answer.length
-        response.start(answer.status, _response_headers(answer), length)
+        response.start(answer.status, headers, None if transform else answer.length)
     problem, last = None, b""
     try:
         for piece in answer.pieces():
@@ -6402,11 +6024,11 @@ def _pass_on(answer, backend, response, transform):
                 response.send(ready)
             else:  # the client may leave, or need a comment, while events are held
                 response.heartbeat()
-        is_partial = answer.is_event_stream and last not in _LINE_ENDS
+        is_partial = answer.is_event_stream and last not in (b"", b"\n", b"\r")
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
-            raise Truncated("the connection ended in the middle of the answer")
-    except Truncated as error:
-        problem = BackendDied(f"the backend broke off: {error}")
+            raise BackendDied("the backend broke off: the connection ended early")
+    except BackendDied as error:
+        problem = error.with_traceback(None)  # its frames would keep this one
     if transform:
         response.send(transform.finish())
     if problem:
@@ -6416,36 +6038,30 @@ def _pass_on(answer, backend, response, transform):
         response.end()
 
 
-def _response_headers(answer):
-    headers = [h for h in end_to_end(answer) if not h[0].startswith("access-control-")]
-    if answer.is_event_stream and not answer.get("x-accel-buffering"):
-        headers.append(("x-accel-buffering", "no"))  # else nginx collects the events
-    return headers
-
-
 def _pass_on_as_event(answer, response):
     """Send an answer that is no event stream as an error event after an early head."""
-    payload, pieces = b"", answer.pieces()
-    with contextlib.suppress(Truncated, StopIteration):
-        while len(payload) <= SMALL_BODY:
-            payload += next(pieces)
+    payload = b""
+    with contextlib.suppress(BackendDied):
+        for piece in answer.pieces():
             response.check_cancelled()
+            payload += piece
+            if len(payload) > SMALL_BODY:
+                break
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
-    body = error_body(problem)
+    problem.status = max(400, answer.status)  # as it is counted
+    body = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else body
-    response.send(response.error_event(body))
-    response.end()
-    response.status, response.problem = answer.status, problem  # as it is counted
+        body = {"error": error} if isinstance(error, dict) else None
+    response.abort(problem, body)
 
 
 def _tunnel(answer, response):
     """Pass bytes both ways after an upgrade, until either side ends."""
     upgrade = [("connection", "upgrade"), ("upgrade", answer.get("upgrade"))]
     response.is_persistent = False
-    response.start(101, _response_headers(answer) + upgrade, 0)
+    response.start(101, end_to_end(answer) + upgrade, 0)
     response.flush()
     client, backend = SocketReader(response.sock), answer.reader
     backend.on_timeout = client.on_timeout
@@ -6460,9 +6076,7 @@ def _copy(source, target):
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
-    for reader in (source, target):
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(reader.sock, socket.SHUT_RDWR)
+    cut([source.sock, target.sock])
 
 
 # ==================================================================================
@@ -6479,9 +6093,7 @@ MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
-_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
-_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
+_ESCAPE = re.compile(r"(\\(?:u[\da-fA-F]{4}|[\"\\/nrt]))|\\(['`])|[\"\\]")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
 
@@ -6501,13 +6113,9 @@ def _scalar(text, is_cut=False):
 
 
 def _unescaped(raw):
-    """Return the string that is meant by `raw`, the text between quotes.
-
-    A backslash that begins no escape stands for itself, as in the regular expression
-    \\bx and the path C:\\new.
-    """
-    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
-    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    """Return the string that is meant by `raw`, the text between quotes. A backslash
+    that begins no escape stands for itself, as in the regular expression \\bx."""
+    text = _ESCAPE.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
     return json.loads(f'"{text}"', strict=False)
 
 
@@ -6629,7 +6237,7 @@ class _Reader:
         """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
         match = _REPEATED_QUOTES.match(text, self.at)
-        if match and (match[1] or self._may_end(match.end(), role)):
+        if match:
             return self._take(*match.span(match.lastindex), match.end())
         quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # open brackets of JSON within the string, as in {"
@@ -6653,12 +6261,10 @@ class _Reader:
         return _unescaped(raw)
 
     def _may_end(self, at, role):
-        """Whether JSON could go on at `at` after what `role` names: a "key", "string",
-        "bare" text or "scalar"."""
+        """Return whether JSON could go on at `at` after what `role` names: a "string",
+        "bare" text or a "scalar"."""
         text, depth = self.text, len(self._stack)
         after = _GAP.match(text, at).end()
-        if role == "key":
-            return bool(_COLON.match(text, after))
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
@@ -6751,11 +6357,8 @@ def _read_object(text, at):
 
 
 def repair_arguments(text: str) -> str:
-    """Return the JSON text of the one object that `text` clearly means.
-
-    Valid JSON comes back as it is, and so does text that means no object or several.
-    The time it takes is linear in the length of any text.
-    """
+    """Return the JSON text of the one object that `text` clearly means. Valid JSON
+    stays as it is, and so does text that means no object or several."""
     with contextlib.suppress(RecursionError, ValueError):  # too deep, or no object
         try:
             _STRICT.decode(text)
@@ -6771,34 +6374,28 @@ _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 def _calls_in(payload):
     """Return [(key, object, name)] of the tool calls: object[name] is the text of the
-    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block)."""
-    calls = []
+    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block); and
+    {choice: finish reason} of the choices that end."""
+    calls, ends = [], {}
     for position, choice in enumerate(payload.get("choices") or ()):
+        index = choice.get("index", position)
         message = choice.get("delta" if "delta" in choice else "message") or {}
         for at, tool in enumerate(message.get("tool_calls") or ()):
             function = tool["function"]
             if isinstance(function.setdefault("arguments", ""), str):
-                key = choice.get("index", position), tool.get("index", at)
-                calls.append((key, function, "arguments"))
+                calls.append(((index, tool.get("index", at)), function, "arguments"))
+        if choice.get("finish_reason"):
+            ends[index] = str(choice["finish_reason"])
     delta = payload.get("delta") or {}
     if isinstance(delta.get("partial_json"), str):
         calls.append(((None, payload.get("index", 0)), delta, "partial_json"))
     for at, block in enumerate(payload.get("content") or ()):
         if block["type"] == "tool_use" and isinstance(block["input"], str):
             calls.append(((None, at), block, "input"))
-    return calls
-
-
-def _ends_in(payload):
-    """Return {choice: finish reason} of those that end; Anthropic's choice is None."""
-    ends = {}
-    for position, choice in enumerate(payload.get("choices") or ()):
-        if choice.get("finish_reason"):
-            ends[choice.get("index", position)] = str(choice["finish_reason"])
-    reason = (payload.get("delta") or payload).get("stop_reason")
+    reason = (delta or payload).get("stop_reason")
     if reason or payload.get("type") in ("content_block_start", "message_stop"):
         ends[None] = str(reason)
-    return ends
+    return calls, ends
 
 
 def _cut_off(calls, ends):
@@ -6809,15 +6406,13 @@ def _cut_off(calls, ends):
 
 def repair_body(body: bytes) -> bytes:
     """Return a chat completion, or a message of Anthropic, with its calls repaired.
-
-    A body that needs no repair is returned as it is; a call that was cut off, too.
-    """
+    What needs no repair is returned as it is; a call that was cut off, too."""
     if not _TOOL_CALL.search(body):
         return body
     try:
         original, payload = json.loads(body), json.loads(body)
-        calls = _calls_in(payload)
-        cut = _cut_off([key for key, _, _ in calls], _ends_in(payload))
+        calls, ends = _calls_in(payload)
+        cut = _cut_off([key for key, _, _ in calls], ends)
         for key, member, name in calls:
             if key not in cut:
                 member[name] = text = repair_arguments(member[name])
@@ -6872,9 +6467,7 @@ class RepairStream:
 
     def finish(self) -> bytes:
         """Return all that is held; a call that did not end is left as it is."""
-        rest = bytes(self._buffer)
-        is_json = rest.lstrip().startswith(b"{")
-        rest = repair_body(rest) if is_json else self._pass_event(rest)
+        rest = self._pass_event(repair_body(bytes(self._buffer)))
         return self._end_calls(self._open, self._open) + rest
 
     def _pass_event(self, event):
@@ -6886,14 +6479,14 @@ class RepairStream:
             if text.strip() == "[DONE]":
                 return self._end_calls(self._open) + event
             payload = json.loads(text)
-            if payload.get("type") == "error" or payload.get("error"):
+            if payload.get("error"):
                 return self._end_calls(self._open, self._open) + event
             return self._pass_payload(event, payload)
         except MALFORMED:
             return event
 
     def _pass_payload(self, event, payload):
-        calls, ends = _calls_in(payload), _ends_in(payload)
+        calls, ends = _calls_in(payload)
         fragments = {key: member[name] for key, member, name in calls}
         for key in fragments:
             self._open.setdefault(key, [])
@@ -6938,7 +6531,7 @@ class RepairStream:
                 continue
             if self._repaired.keys() & keys:
                 payload = json.loads(_data_of(event))
-                for key, member, name in _calls_in(payload):
+                for key, member, name in _calls_in(payload)[0]:
                     if member[name] and key in self._repaired:
                         member[name], self._repaired[key] = self._repaired[key], ""
                 event = _with_data(event, payload)
@@ -6951,33 +6544,14 @@ class RepairStream:
 #    Never knows how it is served.
 #
 #    The page is one text without any outside resource. It asks for `/` again, as a
-#    stream of events; each of them is a whole `snapshot`, which replaces the last.
+#    stream of events; each of them is a whole snapshot, which replaces the last.
 # ==================================================================================
 
 
-class StatusReport(NamedTuple):
-    """What the page and Prometheus show. llmswap started at `born`, in Unix time."""
-
-    version: str
-    born: float
-    models: Sequence[ModelStatus]
-    metrics: Metrics
-    requests: int = 0  # RequestLog.steps()
-    problem: Optional[str] = None  # why the changed file is not in use
-    budget: Mapping[str, int] = {}  # bytes by resource
-
-
-def snapshot(report: StatusReport) -> dict:
-    """Return what the page shows, ready for JSON: the report without its metrics, and
-    each model's ModelStatus without pid, port and entry."""
-    models = []
-    for model in report.models:
-        failure = str(model.failure) if model.failure else None
-        shown_model = model._replace(failure=failure)._asdict()
-        del shown_model["pid"], shown_model["port"], shown_model["entry"]
-        models.append(shown_model)
-    shown = report._replace(models=models)._asdict()
-    del shown["metrics"]
+def shown_on_page(model: ModelStatus) -> dict:
+    """Return what the page shows of a model, ready for JSON."""
+    shown = {**model._asdict(), "failure": model.failure and str(model.failure)}
+    del shown["pid"], shown["port"], shown["entry"]
     return shown
 
 
@@ -7004,13 +6578,16 @@ class Usage(NamedTuple):
 
 
 # The text that a model writes cannot match: quotes in it are escaped.
-_NAMES_IN = ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n")
-_NAMES_OUT = ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n")
-_NAMES_CACHED = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-_SPEEDS = ("predicted_per_second", "prompt_per_second")
-_NAMES = "|".join(_NAMES_IN + _NAMES_OUT + _NAMES_CACHED + _SPEEDS)
+_USAGE_NAMES = (  # of each field of Usage
+    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
+    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
+    ("predicted_per_second",),
+    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
+    ("prompt_per_second",),
+)
 _USAGE = re.compile(
-    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]' % _NAMES.encode()
+    rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
+    % "|".join(sum(_USAGE_NAMES, ())).encode()
 )
 
 
@@ -7020,17 +6597,18 @@ def usage_in(excerpt: bytes) -> Usage:
 
     Of two values the last counts, and `usage` before llama-server's `timings`.
     """
-    numbers = {name.decode(): float(value) for name, value in _USAGE.findall(excerpt)}
+    numbers = {
+        name.decode(): int(text) if text.isdigit() else float(text)
+        for name, text in _USAGE.findall(excerpt)
+    }
     if "input_tokens" in numbers:  # Anthropic counts without those in the cache
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    tokens_in, tokens_out, tokens_cached = (
-        next((int(numbers[name]) for name in names if name in numbers), None)
-        for names in (_NAMES_IN, _NAMES_OUT, _NAMES_CACHED)
-    )
-    speeds = [numbers.get(name) for name in _SPEEDS]
-    return Usage(tokens_in, tokens_out, speeds[0], tokens_cached, speeds[1])
+    return Usage(*(
+        next((numbers[name] for name in names if name in numbers), None)
+        for names in _USAGE_NAMES
+    ))
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -7045,9 +6623,9 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in _cells_of(); metric, with llmswap_ before it unless it begins with
-# process_; help; labels. Without labels, a source of one number has none, all others
-# have `model`.
+# Kind; source in Metrics or _gauges(); metric, to which llmswap_ is prefixed unless it
+# begins with process_; help; labels. Without labels, a source of one number has none,
+# all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
     ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
@@ -7055,8 +6633,7 @@ METRICS = (
     ("gauge", "memory", "process_resident_memory_bytes", "Memory of llmswap."),
     ("gauge", "budget", "budget_bytes", "What all models may use.", "resource"),
     ("gauge", "needs", "model_needs_bytes", "What a model needs.", "model", "resource"),
-    ("gauge", "states", "model_state", "1 for the state of a model, else 0.",
-     "model", "state"),
+    ("gauge", "states", "model_state", "1 for its state, else 0.", "model", "state"),
     ("gauge", "running", "requests_in_flight", "Requests that a model serves now."),
     ("gauge", "waiting", "requests_queued", "Requests that wait for a model."),
     ("gauge", "rss", "model_resident_memory_bytes", "Memory of a model's processes."),
@@ -7064,12 +6641,10 @@ METRICS = (
     ("gauge", "context", "context_bytes", "Size of a model's saved contexts."),
     ("gauge", "progress", "load_progress_ratio", "Progress of a load, if known."),
     ("gauge", "tokens_per_second", "last_tokens_per_second", "Speed of last answer."),
-    ("counter", "requests", "requests_total",
-     "Ended requests; status 499: the client left.", "model", "status"),
+    ("counter", "requests", "requests_total", "Ended requests.", "model", "status"),
     ("counter", "tokens_in", "prompt_tokens_total", "Prompt tokens, as reported."),
     ("counter", "tokens_out", "completion_tokens_total", "New tokens, as reported."),
-    ("counter", "tokens_cached", "prompt_tokens_cached_total",
-     "Prompt tokens taken from a cache, as reported."),
+    ("counter", "tokens_cached", "prompt_tokens_cached_total", "Cached prompt tokens."),
     ("counter", "bytes_in", "request_bytes_total", "Bytes of request bodies."),
     ("counter", "bytes_out", "response_bytes_total", "Bytes of response bodies."),
     ("counter", "swaps", "swaps_total", "Loads for which a model was evicted."),
@@ -7085,17 +6660,24 @@ METRICS = (
 )  # fmt: skip
 
 
-def metrics_text(report: StatusReport) -> str:
-    """Return everything in Prometheus' text format, version 0.0.4."""
-    lines, cells = [], _cells_of(report)
+def metrics_text(
+    models: Sequence[ModelStatus], metrics: Metrics, budget: Mapping[str, int], born
+) -> str:
+    """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
+    `born`, in Unix time."""
+    lines, cells = [], collections.defaultdict(list)
+    numbers = {("swaps",): 0, ("born",): born, **metrics}
+    numbers.update(_gauges(models, budget))
+    for (source, *values), number in numbers.items():
+        cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         labels = labels or ["model"]
-        samples = [("", values, number) for values, number in cells[source]]
+        samples = cells[source]
         if kind == "histogram":
             labels.append("le")
-            samples = _buckets(dict(cells[source]), cells[f"{source}_sum"])
+            samples = _buckets(metrics, source)
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -7107,40 +6689,35 @@ def metrics_text(report: StatusReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells_of(report):
-    """Return {source: [(values of its labels, number or None)]}."""
-    cells = collections.defaultdict(list)
-    for (source, *values), number in sorted(report.metrics.items(), key=repr):
-        cells[source].append((tuple(values), number))
-    python = "{}.{}.{}".format(*sys.version_info)
-    cells["build"] = [((report.version, python), 1)]
-    cells["born"] = [((), report.born)]
-    cells["cpu"] = [((), time.process_time())]
-    cells["memory"] = [((), memory_of(os.getpid()).get("VmRSS"))]
-    cells["swaps"] = [((), report.metrics["swaps",])]
-    cells["budget"] = [((name,), size) for name, size in report.budget.items()]
-    gauges = "running waiting rss vram context progress tokens_per_second".split()
-    for model in report.models:
-        if model.shares is not None:
-            continue
-        for source in gauges:
-            cells[source].append(((model.id,), getattr(model, source)))
-        for state in State:
-            is_now = int(model.state == state.value)
-            cells["states"].append(((model.id, state.value), is_now))
-        for name, size in model.needs.items():
-            cells["needs"].append(((model.id, name), size))
-    return cells
+def _gauges(models, budget):
+    """Return {(source, values of its labels...): number or None}."""
+    gauges = {
+        ("build", VERSION, "{}.{}.{}".format(*sys.version_info)): 1,
+        ("cpu",): time.process_time(),
+        ("memory",): memory_of(os.getpid()).get("VmRSS"),
+    }
+    gauges.update({("budget", name): size for name, size in budget.items()})
+    sources = "running waiting rss vram context progress tokens_per_second".split()
+    for model in models:
+        if model.shares is None:
+            for source in sources:
+                gauges[source, model.id] = getattr(model, source)
+            for state in State:
+                is_now = int(model.state == state.value)
+                gauges["states", model.id, state.value] = is_now
+            for name, size in model.needs.items():
+                gauges["needs", model.id, name] = size
+    return gauges
 
 
-def _buckets(counts, sums):
+def _buckets(metrics, source):
     """Yield each model's cumulative buckets, their sum and their count."""
-    for (model,), total in sums:
+    for name, model in [key for key in metrics if key[0] == f"{source}_sum"]:
         reached = 0
         for index, bound in enumerate((*BUCKETS, "+Inf")):
-            reached += counts.get((model, index), 0)
+            reached += metrics[source, model, index]
             yield "_bucket", (model, bound), reached
-        yield "_sum", (model,), total
+        yield "_sum", (model,), metrics[name, model]
         yield "_count", (model,), reached
 
 
@@ -7287,10 +6864,8 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  h3 small { display: block; margin: 0; }
-}
-@media (max-width: 620px) {
   .rest [data-do=log] { display: none; }
+  h3 small { display: block; margin: 0; }
 }
 """
 
@@ -7456,14 +7031,14 @@ async function followSnapshots() {
 }
 
 function applySnapshot(next) {
-  const before = new Map(snapshot?.models.map(({id, state}) => [id, state]));
-  [snapshot, snapshotAt] = [next, Date.now()];
   for (const model of next.models) {
+    const {id} = model, before = snapshot?.models.find((each) => each.id === id);
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
-    const text = `${model.id} ${model.state}`, old = before.get(model.id);
-    if (old && old !== model.state) setText($("live-region"), text);
+    const hasChanged = before && before.state !== model.state;
+    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
   }
+  [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
   paint();
 }
@@ -7658,7 +7233,7 @@ let isFetching = false;
 
 async function fetchRequests() {
   const limit = $("search").value.trim() ? 500 : 100;
-  const wanted = `${snapshot.born} ${snapshot.requests} ${limit}`;
+  const wanted = `${snapshot.requests} ${limit}`;
   if (isFetching || wanted === recentKey) return;
   [isFetching, recentKey] = [true, wanted];
   try {
@@ -7712,10 +7287,7 @@ function summaryOf(request) {
   ], ", ");
 }
 
-$("search").addEventListener("input", () => {
-  paint();
-  fetchRequests();
-});
+$("search").addEventListener("input", paint);
 
 // ---- A prompt, and its streaming answer ----
 
@@ -7811,7 +7383,6 @@ STATUS_PAGE = """<!doctype html>
     <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
-    <noscript>This page needs JavaScript.</noscript>
   </main>
   <aside>
     <section id="prompt" class="sheet" aria-label="Prompt" hidden>
@@ -7903,18 +7474,15 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 # ==================================================================================
 
 MAX_ENDED_REQUESTS = 500  # in the list of requests
-SHOWN_LENGTH = 200  # characters of a client's header or path
-ERROR_LENGTH = 500
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
     "error".split()
 )
 VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
-SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-NAME_LIMIT = 500  # characters of a model's name in a request; what follows is cut
+TEXT_LIMIT = 500  # characters of a name or another text of a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
@@ -7925,10 +7493,6 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
-OLLAMA_PATH = re.compile(
-    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
-    "|delete)/?"
-)
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -7998,8 +7562,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         self.pool = self.server.pool
         self.reader = SocketReader(self.request)
-        error = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.head_timeout = StallMonitor(HEAD_SECONDS, error)
         self.has_unread_body = False  # the client may still be sending
         address = self.request.getsockname()
         self.is_on_loopback = isinstance(address, tuple) and _LOOPBACK.match(address[0])
@@ -8014,7 +7576,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         """Let a client read our answer while it still sends its body."""
-        if self.has_unread_body and not self.response.problem:
+        if self.has_unread_body:
             lingering_close(self.request)
 
     def handle_one_request(self):
@@ -8023,15 +7585,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._await_request():
             return
         self.began = time.monotonic()
+        self.server.application.reload_if_changed()
         self.config = self.pool.config
         self.head = self.body = self.model = self.response = self.waited = None
-        self.row = self.error = None
-        self.info, self.usage = RequestInfo(), Usage()
+        self.row, self.info, self.usage = None, RequestInfo(), Usage()
         try:
             self.parse_request()
             self._check_access()
-            self.server.application.reload_if_changed()
-            self.config = self.pool.config
             self._route()
         except (APIError, ConfigError, OSError) as error:
             self._answer_error(error)
@@ -8041,7 +7601,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         finally:
             self._count_request()
-        body, self.body, self.reader.on_timeout = self.body, None, self.head_timeout
+        body, self.body = self.body, None
         self.has_unread_body = body is None or not body.is_complete
         self.close_connection = self.has_unread_body or not self.response.is_persistent
 
@@ -8051,15 +7611,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if self.reader.is_untouched:  # a new connection does not count as idle
             return await_event(self.request, select.POLLIN, IDLE_SECONDS)
-        with self.server.idling(self.request):
-            if self.server.is_closing:
-                return False
-            return await_event(self.request, select.POLLIN, IDLE_SECONDS)
+        return self.server.await_next_request(self.request)
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        self.head_timeout.restart()
-        self.reader.on_timeout = self.head_timeout
+        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, late)
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -8068,7 +7625,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
-            self.head.target = path + self.head.target[len(self.head.path) :]
             self.head.path = path
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
@@ -8085,16 +7641,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         status = response.status or 500
         if response.problem and status < 400:
-            status = 502
-        status = 499 if isinstance(self.error, RequestCancelled) else status
+            status = response.problem.status
         seconds = time.monotonic() - self.began
-        usage = self.usage if status < 300 else Usage()
-        speed = speed_of(usage, seconds - (self.waited or 0))
+        speed = speed_of(self.usage, seconds - (self.waited or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
-        amounts = {name: getattr(usage, name) for name in names}
-        error = self.error or response.problem
-        if self.head is not None and status >= 400 and status != 499:
-            self.row = self.row or self._new_row(self.info)
+        amounts = {name: getattr(self.usage, name) for name in names}
+        if has_failed and self.head is not None:
+            self.row = self.row or self._new_row()
         if self.row:
             self.row.update(
                 amounts,
@@ -8102,53 +7655,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seconds=seconds,
                 first_byte=response.first_at and response.first_at - self.began,
                 tokens_per_second=speed,
-                error=str(error)[:ERROR_LENGTH] if error else None,
+                error=str(response.problem)[:TEXT_LIMIT] if response.problem else None,
             )
             self.server.requests.end(self.row)
-        amounts = {name: amount or 0 for name, amount in amounts.items()}
-        amounts["bytes_in"] = self.body.received if self.body is not None else 0
-        amounts["bytes_out"] = response.sent
         self.pool.count_request(
-            self.model, status, seconds, self.waited, speed, **amounts
-        )
+            self.model, status, seconds, self.waited, speed,
+            bytes_in=self.body.received if self.body else 0,
+            bytes_out=response.sent,
+            **{name: amount or 0 for name, amount in amounts.items()},
+        )  # fmt: skip
 
-    def _new_row(self, info):
+    def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
+        asked = self.info.model or head.parameter("model") or ""
         return dict(
             dict.fromkeys(REQUEST_FIELDS),
             started=time.time(),
             client=self.client_address[0] if is_tcp else "unix",
-            user_agent=head.get("user-agent")[:SHOWN_LENGTH],
-            session=head.get("x-session-id")[:SHOWN_LENGTH],
-            method=head.method[:SHOWN_LENGTH],
-            path=head.path[:SHOWN_LENGTH],
-            asked=(info.model or head.parameter("model") or "")[:NAME_LIMIT] or None,
+            user_agent=head.get("user-agent")[:TEXT_LIMIT],
+            session=head.get("x-session-id")[:TEXT_LIMIT],
+            method=head.method[:TEXT_LIMIT],
+            path=head.path[:TEXT_LIMIT],
+            asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=info.members.get("stream") is True,
+            stream=self.info.members.get("stream") is True,
         )
 
     # -- answers ---------------------------------------------------------------------
 
     def _answer_error(self, error):
-        self.error = error
-        if isinstance(error, SpokenTLS) and not self.server.has_warned_of_tls:
-            self.server.has_warned_of_tls = True
-            text = "a client speaks TLS here: its base URL must begin with http://"
-            self.server.log("warning", text)
+        if self.head is None:  # its client may show no more than a status, if that
+            self.server.log("warning", f"a request was refused: {error}")
         if not isinstance(error, APIError):  # no OSError of the client's socket
             error = APIError(str(error))
-        self.response = self.response or ClientResponse(self.request, None, [])
-        response = self.response
+        response = self.response or ClientResponse(self.request, None, [])
+        self.response, response.problem = response, error
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
-        if not response.status:
-            self._send_error(error)
-        elif response.is_early and not response.sent:
-            response.send(response.error_event(error_body(error)))
-            response.end()
-            response.status = error.status  # as it is counted
-        else:
+        if response.status:
             response.abort(error)
+        else:
+            self._send_error(error)
 
     def _send_error(self, error):
         headers = []
@@ -8165,16 +7712,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = error_body(error)
         if self.response.is_for_anthropic:
             body = {"type": "error", **body}
-        self._send_json(body, error.status, headers)
+        self._send_json(body, error.status, *headers)
 
-    def _send(self, payload, status=200, headers=()):
-        self.response.answer(status, [*headers, SERVER_HEADER], payload)
-
-    def _send_json(self, value, status=200, headers=()):
-        self._send(to_json(value), status, [JSON_TYPE, *headers])
+    def _send_json(self, value, status=200, *headers):
+        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
-        self._send(text.encode(), headers=[content_type])
+        self.response.answer(text.encode(), 200, content_type)
 
     def _stream(self, next_item, render):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
@@ -8248,9 +7792,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
-            elif scheme.lower() != "basic":
-                yield value.encode("latin-1")
-            elif not self._is_from_foreign_page():
+            elif scheme.lower() == "basic" and not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -8280,18 +7822,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
+            if f"{path}/".startswith(prefix) and (not methods or method in methods):
                 self.body.hold(SMALL_BODY if methods else 0)
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
-        url = f"http://{self.head.get('host')}/v1"
         if path.startswith("/v1/v1/"):
+            url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
-        if OLLAMA_PATH.fullmatch(path):
-            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
-            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         self.route_by_model()
 
     def refuse_feature(self):
@@ -8304,7 +7843,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("access-control-allow-headers", names),
             ("access-control-max-age", "600"),
         ]
-        self._send(b"", 204, headers if self.response.extra else [])
+        self.response.answer(b"", 204, *headers if self.response.extra else ())
 
     def _wants_snapshots(self):
         """Return whether this is the page's request for a stream of snapshots."""
@@ -8313,17 +7852,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_events(SERVER_HEADER)
-            return self._stream(functools.partial(next, self._snapshots()), _as_event)
-        headers = [
+            self.response.start_stream()
+            return self._stream(self._snapshots().__next__, as_event)
+        self.response.answer(
+            STATUS_PAGE.encode(),
+            200,
             ("content-type", "text/html; charset=utf-8"),
             ("content-security-policy", PAGE_POLICY),
-            ("x-content-type-options", "nosniff"),
-            ("referrer-policy", "no-referrer"),
             ("cache-control", "no-cache"),
-            ("vary", "Accept"),
-        ]
-        self._send(STATUS_PAGE.encode(), headers=headers)
+        )
 
     def _snapshots(self):
         """Yield a snapshot at each change, and every 2 s unless all models are
@@ -8334,30 +7871,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, report = revision, self._status_report()
-            is_busy = any(model.state != "unloaded" for model in report.models)
+            seen, models = revision, self._statuses()
+            is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
-            yield snapshot(report)
+            yield {
+                "models": [*map(shown_on_page, models)],
+                "requests": self.server.requests.steps(),
+                "problem": self.server.application.config_error,
+                "budget": self.pool.budget,
+            }
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        self._send_text(metrics_text(self._status_report()), METRICS_TYPE)
+        figures = self.pool.metrics(), self.pool.budget, self.server.born
+        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
 
-    def _status_report(self):
-        details = self.pool.inspector.details_of([*self.config.models.values()])
-        models = []
+    def _details(self):
+        return self.pool.inspector.details_of([*self.config.models.values()])
+
+    def _statuses(self):
+        details, models = self._details(), []
         for status in self.pool.statuses(with_memory=True):
             known = details.get(status.shares or status.id, Details())
             models.append(with_known_problem(status, known))
-        return StatusReport(
-            VERSION,
-            self.server.born,
-            models,
-            self.pool.metrics(),
-            self.server.requests.steps(),
-            self.server.application.config_error,
-            self.pool.budget,
-        )
+        return models
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -8375,51 +7912,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json(self._model_entries([model])[0])
 
     def _model_entries(self, models):
-        statuses = [self.pool.status(model) for model in models]
-        owners = [
-            self.config.models.get(status.shares, model)
-            for model, status in zip(models, statuses)
-        ]
-        details = self.pool.inspector.details_of(owners)
-        return [
-            model_entry(model, owner, status, details[owner.name], self.server.born)
-            for model, owner, status in zip(models, owners, statuses)
-        ]
+        details, born, entries = self._details(), self.server.born, []
+        for model in models:
+            status = self.pool.status(model)
+            owner = self.config.models.get(status.shares, model)
+            entries.append(model_entry(model, owner, status, details[owner.name], born))
+        return entries
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
-        if limit is not None and not re.fullmatch("[0-9]{1,9}", limit):
-            raise BadRequest(f"limit: {limit!r} is not a whole number", "limit")
+        try:
+            count = parse_count(limit or str(MAX_ENDED_REQUESTS))
+        except ValueError as error:
+            raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
         if name is not None:
             names = (name, self.config.find(name))
             rows = [row for row in rows if row["model"] in names]
-        self._send_json({"requests": rows[: int(limit) if limit else None]})
+        self._send_json({"requests": rows[:count]})
 
     def cancel_request(self, rest):
         """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
-        if action != "cancel":
-            raise NotFound(f"there is nothing at {self.head.path}")
-        if not self.server.requests.cancel(number):
-            raise NotFound(f"no request {number} is in flight")
+        if action != "cancel" or not self.server.requests.cancel(number):
+            raise NotFound(f"{self.head.path}: no such request is in flight")
         self._send_json({"success": True})
 
     def change_model(self):
         """Begin to load or unload the model that the body names."""
         model = self._resolve(find_model(self.body, "application/json").model)
-        if self.head.path == "/models/load":
-            change, word = self.pool.load, "already"
-        else:
-            change, word = self.pool.unload, "not"
+        is_load = self.head.path == "/models/load"
+        change = self.pool.load if is_load else self.pool.unload
         if not change(model):
-            raise BadRequest(f"model is {word} running")
+            raise BadRequest(f"model is {'already' if is_load else 'not'} running")
         self._send_json({"success": True})
 
     def _resolve(self, name):
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
-        return self.config.resolve(name[:NAME_LIMIT])
+        return self.config.resolve(name[:TEXT_LIMIT])
 
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they are unloaded."""
@@ -8433,7 +7964,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self.pool.inspector.details_of([*self.config.models.values()])
+        details = self._details()
         running = [
             {
                 "model": status.id,
@@ -8464,21 +7995,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_events(SERVER_HEADER)
-            self._stream(lambda: get(POLL_INTERVAL), _as_event)
+            self.response.start_stream()
+            self._stream(lambda: get(POLL_INTERVAL), as_event)
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
 
-    def get_log_stream(self, name=""):
+    def get_log_stream(self, name):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
-        headers = [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
-        headers += [TEXT_TYPE, SERVER_HEADER]
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start(200, headers, None)
+            self.response.start_stream("text/plain; charset=utf-8")
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
@@ -8487,35 +8016,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
         if self.head.parameter("autoload") in ("true", "1"):
-            self._check_use(model)
-            return self._forward(model, self.head.target, RequestInfo())
+            return self._forward(self.head.target)
         states = [State.LOADED]
         if self.head.path in ("/props", "/metrics"):  # do not wake llama-server
             states.append(State.SLEEPING)
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        outgoing = self._upstream_request(model, self.head.target, RequestInfo())
-        self._relay(outgoing, backend)
+        self._relay(self._upstream_request(self.head.target), backend)
 
-    def _check_use(self, model, refusal=None):
+    def _check_use(self, refusal):
         """Raise a refusal if the model is not loaded, and may not be by this request:
-        the given one, or by llama.cpp's rules. Raise Forbidden if a foreign page causes
-        a GET that would load it."""
-        is_safe, is_asset = self.head.method in SAFE_METHODS, refusal is not None
-        if is_safe and not self.pool.backend_of(model, State.LOADED):
+        the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
+        foreign page causes a GET that would load the model."""
+        is_safe = self.head.method in SAFE_METHODS
+        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
-        not_loaded = BadRequest("model is not loaded")
-        if not self.config.settings.models_autoload:
-            refusal = refusal or not_loaded
         value = self.head.parameter("autoload")
-        if value:
-            refusal = None if value in ("true", "1") else not_loaded
-        self.load_refusal = refusal
-        if refusal and not self.pool.backend_of(model, State.LOADING, State.LOADED):
-            if not (is_asset or value):
-                self.pool.resume_keep_loaded()
+        if value or not (refusal or self.config.settings.models_autoload):
+            may_load = value in ("true", "1")
+            refusal = None if may_load else BadRequest("model is not loaded")
+        states = State.LOADING, State.LOADED
+        if refusal and not self.pool.backend_of(self.model, *states):
             raise refusal
+        return refusal
 
     def route_upstream(self, rest):
         """Relay to a model's own server; `rest` is its name and the path there. The
@@ -8529,54 +8053,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = "".join(f"/{part}" for part in parts[count:])
         query = self.head.target[len(self.head.path) :]
         if not path:
-            return self._send(b"", 308, [("location", f"/upstream/{rest}/{query}")])
-        refusal = None
-        may_load = path == "/" and self.config.settings.models_autoload
-        if self.head.method in SAFE_METHODS and not may_load:
+            location = f"/upstream/{rest}/{query}"
+            return self.response.answer(b"", 308, ("location", location))
+        is_safe, refusal = self.head.method in SAFE_METHODS, None
+        if is_safe and path != "/":
             text = f"model {model.name!r} is not loaded; only the page itself loads it"
             refusal = ModelNotLoaded(text)
-        self._check_use(model, refusal)
-        info = self._request_info(is_needed=False)
-        self._forward(model, path + query, info, preemptible=True)
+        self._read_info(is_needed=False)
+        self._forward(path + query, refusal, preemptible=is_safe)
 
-    def _request_info(self, is_needed):
-        """Return find_model() of the body; GET, HEAD and upgrades have none."""
-        if self.head.method in ("GET", "HEAD") or self.head.is_upgrade:
-            return RequestInfo()
-        return find_model(self.body, self.head.get("content-type"), is_needed)
+    def _read_info(self, is_needed):
+        """Find the model in the body; GET, HEAD and upgrades have none."""
+        head = self.head
+        if head.method not in ("GET", "HEAD") and not head.is_upgrade:
+            self.info = find_model(self.body, head.get("content-type"), is_needed)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
-        info = self.info = self._request_info(is_needed=not name)
-        name = info.model or name
+        self._read_info(is_needed=not name)
+        name = self.info.model or name
         if not name and self.head.method in SAFE_METHODS:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
-        model = self.model = model or self._resolve(name or None)
-        self._check_use(model)
-        self._forward(model, self.head.target, info)
+        self.model = model or self._resolve(name or None)
+        self._forward(self.head.target)
 
-    def _forward(self, model, target, info, preemptible=False):
+    def _forward(self, target, refusal=None, preemptible=False):
         """Relay to the model's backend; once more if that died before it answered."""
-        idle_timeout = _idle_timeout_in(info.members)
-        is_safe = self.head.method in SAFE_METHODS
-        preemptible = self.head.is_upgrade or (preemptible and is_safe)
+        refusal = self._check_use(refusal)
+        idle_timeout = _idle_timeout_in(self.info.members)
+        preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
-            self.row = self._new_row(info)
+            self.row = self._new_row()
             self.server.requests.start(self.row, self.response)
-        notice, path = model.settings.loading_notice, target.split("?")[0]
+        notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
-        is_stream = bool(may_stream) and info.members.get("stream") is True
+        is_stream = may_stream and self.info.members.get("stream") is True
         self.response.wants_events = is_stream and notice != "off"
         if notice == "reasoning" and path.endswith("/chat/completions"):
-            self.response.progress_event = self._progress_events(model).__next__
+            self.response.progress_event = self._progress_events().__next__
         self.body.on_tick = self.response.check_cancelled
-        outgoing = self._upstream_request(model, target, info)
-        transform_of = _repair_for if model.settings.json_repair else lambda _: None
+        outgoing = self._upstream_request(target)
+        terms = self.model, self.response.heartbeat, preemptible, refusal
         asked_at = time.monotonic()
         for is_last in (False, True):
-            terms = model, self.response.heartbeat, preemptible, self.load_refusal
             with self.pool.lease(*terms) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
@@ -8584,71 +8105,69 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
-                    self._relay(outgoing, backend, transform_of)
+                    self._relay(outgoing, backend)
                     self.usage = usage_in(self.response.excerpt)
                     backend.record_answer(self.usage)
                     return
                 except BackendDied as error:
-                    has_died = not self.response.sent and backend.died(1.0)
-                    may_repeat = outgoing.rest is None and not self.load_refusal
+                    has_died = backend.died(1.0)
+                    may_repeat = outgoing.rest is None and not refusal
                     if has_died and may_repeat and not is_last:
                         continue
                     reason = backend.death(1.0) if has_died else None
-                    error = BackendDied(str(reason)) if reason else error
+                    error = BackendDied(str(reason or error))
                     error.may_retry = False if is_last else None  # it failed twice
-                    raise error
+                    raise error from None
 
-    def _progress_events(self, model):
+    def _progress_events(self):
         """Yield events that a chat shows as the model's reasoning during its load, or
         b"" if nothing has changed or the last event is too recent."""
+        name, last_text, next_at = self.model.name, "", 0.0
         chunk = {
-            "id": f"chatcmpl-{model.name}-loading",
+            "id": f"chatcmpl-{name}-loading",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": model.name,
+            "model": name,
         }
-        last_text, next_at = "", 0.0
         while True:
-            status, now = self.pool.status(model), time.monotonic()
-            text = f"waiting for room for {model.name}"
+            status, now = self.pool.status(self.model), time.monotonic()
+            text = f"waiting for room for {name}"
             if status.state == "loading":
                 progress = percent(status.progress) or f", {status.seconds:.0f} s"
-                text = f"loading {model.name}{progress}"
+                text = f"loading {name}{progress}"
             if now < next_at or text == last_text or status.state == "loaded":
                 yield b""
                 continue
             last_text, next_at = text, now + NOTICE_EVERY
             delta = {"reasoning_content": f"{text}\n"}
             choice = {"index": 0, "delta": delta, "finish_reason": None}
-            yield _as_event({**chunk, "choices": [choice]})
+            yield as_event({**chunk, "choices": [choice]})
 
-    def _upstream_request(self, model, target, info):
-        body, length, settings = self.body, self.body.length, model.settings
+    def _upstream_request(self, target):
+        body, info, settings = self.body, self.info, self.model.settings
+        held, length, rest = body.held, body.length, body
         if VIA_NAME in ", ".join(self.head.all("via")):
-            text = f"the request for {model.name} has come back to llmswap"
+            text = f"the request for {self.model.name} has come back to llmswap"
             raise LoopDetected(f"{text}: its `proxy` ({settings.proxy}) leads there")
-        timeouts = [name for name in IDLE_TIMEOUT_PARAMETERS if name in info.members]
-        removed = {*timeouts, *settings.strip_params}
+        removed = {*IDLE_TIMEOUT_PARAMETERS, *settings.strip_params}
+        removed &= info.members.keys()
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if info.is_json and (removed or defaults or overrides):
+        if info.members and (removed or defaults or overrides):
             try:
                 held = edited_json(info.members, removed, defaults, overrides)
             except RecursionError:
                 raise BadRequest("the body is nested too deep") from None
         elif info.model is not None and settings.model_name:
             start, end = info.span
-            held = body.held[:start] + settings.model_name.encode() + body.held[end:]
+            held = held[:start] + settings.model_name.encode() + held[end:]
             length = length and length + len(held) - len(body.held)
-        else:
-            held = body.held
-        rest = body
         if body.is_complete:
             length, rest = len(held), None
         return UpstreamRequest(self.head.method, target, [], held, length, rest)
 
-    def _relay(self, outgoing, backend, transform_of=lambda _: None):
+    def _relay(self, outgoing, backend):
         key = backend.model.settings.proxy_key
         dropped = NOT_FORWARDED
         if self.config.api_keys or key:
@@ -8665,7 +8184,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.head.is_upgrade:
             headers.append(("connection", "upgrade"))
             headers.append(("upgrade", self.head.get("upgrade")))
-        relay(outgoing._replace(headers=headers), backend, self.response, transform_of)
+        outgoing = outgoing._replace(headers=headers)
+        relay(outgoing, backend, self.response, self._repair_for)
+
+    def _repair_for(self, answer):
+        """Return a RepairStream for an answer that may need repair, else None."""
+        is_wanted = self.model.settings.json_repair and answer.status == 200
+        is_readable = answer.is_event_stream or "json" in answer.get("content-type")
+        is_encoded = answer.get("content-encoding")
+        return RepairStream() if is_wanted and is_readable and not is_encoded else None
 
 
 ROUTES = {
@@ -8684,12 +8211,10 @@ ROUTES = {
     "/running": {"GET": Handler.get_running},
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
-    "/api/models/unload": {"POST": Handler.unload},
     "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
-    "/logs/stream": {"GET": Handler.get_log_stream},
 }
 PREFIXES = (  # path, methods (all if there are none), action
     ("/upstream/", (), Handler.route_upstream),
@@ -8716,17 +8241,6 @@ def percent_decoded(text: str) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _as_event(value):
-    return b"data: " + to_json(value) + b"\n\n"
-
-
-def _repair_for(answer):
-    """Return a RepairStream for an answer that may have tool calls, else None."""
-    if answer.status != 200 or answer.get("content-encoding"):
-        return None
-    is_readable = answer.is_event_stream or "json" in answer.get("content-type")
-    return RepairStream() if is_readable else None
-
 
 def _idle_timeout_in(members):
     """Return the idle timeout in seconds that a request sets, negative for none; None
@@ -8734,17 +8248,11 @@ def _idle_timeout_in(members):
     names = [name for name in IDLE_TIMEOUT_PARAMETERS if members.get(name) is not None]
     if not names:
         return None
-    value = members[names[0]]
+    text = str(members[names[0]])
     try:
-        if isinstance(value, str):
-            sign = -1 if value.startswith("-") else 1
-            return sign * parse_duration(value.lstrip("-"))
-        if math.isnan(value) or isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        text = f"{names[0]}: {value!r} is not a duration"
-        raise BadRequest(text, names[0]) from None
+        return parse_duration(text.lstrip("-")) * (-1 if text.startswith("-") else 1)
+    except ValueError as error:
+        raise BadRequest(f"{names[0]}: {error}", names[0]) from None
 
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::[0-9]*)?")
@@ -8884,15 +8392,13 @@ class Log:
 
     def __init__(self):
         self.feed = Broadcast(2000)
-        self._is_journal = False
-        with contextlib.suppress(OSError, ValueError):
-            status = os.fstat(sys.stderr.fileno())
-            journal = f"{status.st_dev}:{status.st_ino}"
-            self._is_journal = os.environ.get("JOURNAL_STREAM") == journal
-        lines = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(lines, self)
+        stderr = os.fstat(2)
+        stream = f"{stderr.st_dev}:{stderr.st_ino}"
+        self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
+        records = queue.SimpleQueue()
+        self._listener = logging.handlers.QueueListener(records, self)
         self._listener.start()
-        self._handler = logging.handlers.QueueHandler(lines)
+        self._handler = logging.handlers.QueueHandler(records)
         self._logger = logging.Logger("llmswap")
         self._logger.addHandler(self._handler)
         self.set_level("info")
@@ -8914,7 +8420,7 @@ class Log:
         if self._is_journal:
             priority = f"<{self.PRIORITIES[record.levelname]}>"
             line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError, ValueError):  # it may be closed
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
 
     def close(self):
@@ -8935,45 +8441,37 @@ class Server(http.server.ThreadingHTTPServer):
         self.born = int(time.time())
         self.is_closing = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-        limit = max(soft, min(limit, MAX_DESCRIPTORS))
+        limit = min(hard, MAX_DESCRIPTORS)
         with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             soft = limit
         self.max_connections = min(MAX_CONNECTIONS, soft // 2)
         self._active_at = time.monotonic()
         self._connections, self._idle_connections = set(), set()
-        self._is_paused = self.has_warned_of_tls = False
+        self._accepting = threading.Lock()
         for sock in sockets:
             sock.setblocking(False)
 
     def start(self):
         """Accept connections, on a thread of its own."""
-        self._is_paused = False
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._thread = start_thread(self.serve_forever, "accept")
 
     def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`; the base class would wake up twice a second."""
+        """Accept until `stop`; the base class would wake up twice a second."""
         waiter = select.poll()
-        with self._stop_reader as stop_reader:
-            for each in (stop_reader, *self.sockets):
-                waiter.register(each, select.POLLIN)
-            while not self._is_paused:
-                ready = {fd for fd, _ in waiter.poll()}
-                for self.socket in self.sockets:  # on which get_request() accepts
-                    if self.socket.fileno() in ready:
+        for each in (self._stop_reader, *self.sockets):
+            waiter.register(each, select.POLLIN)
+        while not self.is_closing:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self.sockets:  # on which get_request() accepts
+                with self._accepting:
+                    if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()
 
-    def shutdown(self):
-        """Stop accepting; the sockets stay open."""
-        self._is_paused = True
-        self._stop_writer.close()
-        self._thread.join(1.0)
-
-    def is_serving(self) -> bool:
+    def is_alive(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
-        return self._is_paused or self._thread.is_alive()
+        return self.is_closing or self._thread.is_alive()
 
     def get_request(self):
         """Accept one connection; OSError if there is none, or no descriptor for it."""
@@ -8987,14 +8485,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Serve the connection on a new thread, or refuse it."""
-        reason = f"{self.max_connections} connections are open already"
         if len(self._connections) < self.max_connections:
             self._connections.add(request)
-            try:
-                return super().process_request(request, client_address)
-            except RuntimeError as error:  # no thread could be started
-                reason = str(error)
-                self.log("error", f"a connection could not be served: {reason}")
+            return super().process_request(request, client_address)
+        reason = f"{self.max_connections} connections are open already"
         refuse_connection(request, reason)
         self.shutdown_request(request)
 
@@ -9007,15 +8501,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Log the traceback of a bug. The caller closes the connection."""
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket):
-        """In this block `stop` may close the connection, which waits for a request."""
+    def await_next_request(self, connection: socket.socket) -> bool:
+        """Return whether a request begins within IDLE_SECONDS, and before `stop`."""
         self._idle_connections.add(connection)
         self._active_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self._idle_connections.discard(connection)
+        is_open = not self.is_closing
+        has_begun = is_open and await_event(connection, select.POLLIN, IDLE_SECONDS)
+        self._idle_connections.discard(connection)
+        return has_begun
 
     def inactive_since(self) -> Optional[float]:
         """Return when a connection last became idle; None while any is busy."""
@@ -9023,19 +8516,18 @@ class Server(http.server.ThreadingHTTPServer):
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Stop accepting and return True; if a client has connected, go on and return
-        False. Later ones wait in the backlog of the sockets, which systemd keeps."""
-        self.shutdown()
-        pending = select.select(self.sockets, [], [], 0)[0]
-        if self.inactive_since() is not None and not pending:
-            return True
-        self.start()
-        return False
+        """Accept no more and return True, unless a client is connected. Later ones wait
+        in the backlog of the sockets, which systemd keeps."""
+        with self._accepting:
+            pending = select.select(self.sockets, [], [], 0)[0]
+            self.is_closing = self.inactive_since() is not None and not pending
+        return self.is_closing
 
     def stop(self):
         """Stop accepting, and end the connections that wait for a next request."""
         self.is_closing = True
-        self.shutdown()
+        self._stop_writer.close()
+        self._thread.join(1.0)
         for sock in self.sockets:
             sock.close()  # it is never shut down: systemd may own it
         for connection in list(self._idle_connections):
@@ -9046,10 +8538,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    headers = [JSON_TYPE, ("retry-after", "5"), SERVER_HEADER]
+    body = to_json(error_body(APIError(reason)))
     with contextlib.suppress(ClientDisconnected):
         response = ClientResponse(connection, None, [])
-        response.answer(503, headers, to_json(error_body(APIError(reason))))
+        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
 
 
 # -- listening -------------------------------------------------------------------------
@@ -9064,7 +8556,7 @@ def open_listener(address: Address) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         is_refused = probe.connect_ex(address) == errno.ECONNREFUSED  # or is no socket
     if is_refused and S_ISSOCK(os.stat(address).st_mode):
-        os.unlink(address)  # left by a process that was killed
+        os.unlink(address)  # left by a process that has ended
     listener = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
@@ -9093,18 +8585,9 @@ def is_llmswap(address: Address) -> bool:
 
 def shown_address(address: Address) -> str:
     """Return the address as a link that can be clicked or copied."""
-    if isinstance(address, str):
-        return f"unix:{address}"
-    if isinstance(address, bytes):  # an abstract one, from systemd
-        return f"unix:@{os.fsdecode(address[1:])}"
-    host, port = address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{_joined(host, port)}/"
-
-
-def _resolved(host, port):
-    """Return the numeric address of a host, as systemd does not look up names."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][:2]
+    if not isinstance(address, tuple):
+        return f"unix:{os.fsdecode(address)}"
+    return f"http://{_joined(*address[:2])}/"
 
 
 def _joined(host, port):
@@ -9114,38 +8597,19 @@ def _joined(host, port):
 # -- systemd ---------------------------------------------------------------------------
 
 
-def take_listeners(environ: Dict[str, str]) -> Tuple[list, Optional[str]]:
-    """Return the listening sockets that systemd passed, and what is wrong with them.
-    Its variables are removed from `environ`."""
-    names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-    count, pid, *_ = [environ.pop(name, "") for name in names]
-    if count and pid != str(os.getpid()):
-        return [], (
-            f"systemd passed its sockets to process {pid}, not to us ({os.getpid()}): "
-            "start llmswap without a shell around it, or with exec"
-        )
-    listeners = []
-    for fd in range(3, 3 + int(count or 0)):
-        try:
-            listener = socket.socket(fileno=fd)
-            accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError:
-            accepts = False
-        if not accepts:
-            return [], f"descriptor {fd} from systemd is not a listening stream socket"
-        listeners.append(listener)
-    return listeners, None
+def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
+    """Return the listening sockets that systemd passed to this process."""
+    is_ours = environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(environ.get("LISTEN_FDS", 0)) if is_ours else 0
+    return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
 class SystemdNotifier:
-    """Reports llmswap's state to systemd, if that asks for it. Any thread may call.
-    `watchdog` is the longest time in seconds between two reports, or None."""
+    """Reports llmswap's state to systemd, if that asks for it. Any thread may call."""
 
-    def __init__(self, environ: Dict[str, str]):
-        self._address = re.sub("^@", "\0", environ.pop("NOTIFY_SOCKET", ""))
-        microseconds = environ.pop("WATCHDOG_USEC", "")
-        is_ours = environ.pop("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        self.watchdog = int(microseconds) / 1e6 if microseconds and is_ours else None
+    def __init__(self, environ: Mapping[str, str]):
+        self._address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
+        self._interval = int(environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
 
     def notify(self, *lines: str):
         """Send the lines in one datagram; drop it if systemd takes none for 1 s."""
@@ -9155,21 +8619,20 @@ class SystemdNotifier:
             sender.connect(self._address)
             sender.sendall("\n".join(lines).encode())
 
-    def watch(self, pool: Pool, is_serving: Callable[[], bool]):
-        """Report what is loaded, at each change and twice per `watchdog`, as long as
-        `is_serving()` and the Pool is alive. Return only if systemd asked for none."""
-        interval = self.watchdog / 2 if self.watchdog else None
-        with pool.events.subscribe() as get:
+    def watch(self, server: Server):
+        """Report what is loaded, at each change and twice per WATCHDOG_USEC, as long as
+        server and Pool are alive. Return only if systemd asked for none."""
+        with server.pool.events.subscribe() as get:
             while self._address:
-                if is_serving() and pool.is_alive(interval or -1):
+                if server.is_alive() and server.pool.is_alive(self._interval or -1):
                     held = [
                         f"{status.id} {status.state}{percent(status.progress)[1:]}"
-                        for status in pool.statuses()
+                        for status in server.pool.statuses()
                         if status.state != "unloaded" and not status.shares
                     ]
                     text = ", ".join(held) or "nothing is loaded"
                     self.notify("WATCHDOG=1", f"STATUS={text}")
-                get(interval)
+                get(self._interval)
 
 
 UNITS = """\
@@ -9179,6 +8642,7 @@ Description=Address of llmswap
 
 [Socket]
 {streams}
+SocketMode=0660
 BindIPv6Only=ipv6-only
 
 [Install]
@@ -9188,7 +8652,6 @@ WantedBy=sockets.target
 [Unit]
 Description=One address for many local language models
 Requires=llmswap.socket
-After=llmswap.socket
 StartLimitIntervalSec=30
 StartLimitBurst=30
 
@@ -9213,14 +8676,15 @@ WantedBy=default.target
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
     words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    streams = []
+    addresses = []
     for address in config.settings.listen:
-        is_unix = isinstance(address, str)
-        place = os.path.abspath(address) if is_unix else _joined(*_resolved(*address))
-        streams.append("ListenStream=" + place.replace("%", "%%"))
-        streams += ["SocketMode=0660"] if is_unix else []
+        if isinstance(address, str):
+            addresses.append(os.path.abspath(address).replace("%", "%%"))
+        else:  # numeric, as systemd does not look up names
+            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            addresses.append(_joined(*found[4][:2]))
     return UNITS.format(
-        streams="\n".join(streams),
+        streams="\n".join(f"ListenStream={address}" for address in addresses),
         folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -9229,9 +8693,8 @@ def units_for(config: Config) -> str:
 
 def _unit_word(word):
     word = word.replace("%", "%%")
-    if re.search(r"[\s\"'\\;]", word):
-        word = '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return word
+    needs_quotes = re.search(r"[\s\"'\\;]", word)
+    return json.dumps(word, ensure_ascii=False) if needs_quotes else word
 
 
 # -- the demo model server -------------------------------------------------------------
@@ -9242,49 +8705,40 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # the head and the body in one packet
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        self._answer({"status": "ok", "object": "list", "data": [{"id": "parrot"}]})
+        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
+        self._send([to_json(value)])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        try:
-            request = json.loads(body)
-            message = (request.get("messages") or [{}])[-1].get("content") or "squawk"
-        except MALFORMED:
-            problem = BadRequest("the body is not a JSON object with `messages`")
-            return self._answer(error_body(problem), problem.status)
-        model = request.get("model")
-        words = re.findall(r"\S+\s*", f"{model} says: {message}")
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        model, messages = request.get("model"), request.get("messages") or [{}]
+        text = f"{model} says: {messages[-1].get('content') or 'squawk'}"
+        words = re.findall(r"\S+\s*", text)
         if request.get("stream"):
-            return self._send(200, "text/event-stream", self._events(words))
-        reply = {"role": "assistant", "content": "".join(words)}
+            return self._send(self._events(words), "text/event-stream")
+        reply = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": reply, "finish_reason": "stop"}
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
         answer = {"object": "chat.completion", "model": model}
-        self._answer({**answer, "choices": [choice], "usage": usage})
+        self._send([to_json({**answer, "choices": [choice], "usage": usage})])
 
     def _events(self, words):
         for word in words:
             choice = {"index": 0, "delta": {"content": word}}
-            yield _as_event({"object": "chat.completion.chunk", "choices": [choice]})
+            yield as_event({"object": "chat.completion.chunk", "choices": [choice]})
             time.sleep(0.05)
         yield b"data: [DONE]\n\n"
 
-    def _answer(self, value, status=200):
-        self._send(status, "application/json", [to_json(value)])
-
-    def _send(self, status, content_type, pieces):
-        self.send_response(status)
+    def _send(self, pieces, content_type="application/json"):
+        self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         for piece in itertools.chain(pieces, [b""]):
             self.wfile.write(as_chunk(piece))
-            self.wfile.flush()
 
     def log_message(self, format, *args):
         """Log nothing, as llmswap would show it as the model's output."""
@@ -9300,8 +8754,8 @@ def keys_text() -> str:
         lines.append(f"Keys of {title}:\n")
         for key in keys:
             lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.fill(key.help.replace("`", ""), 82, break_on_hyphens=False)
-            lines.append(textwrap.indent(help, " " * 6))
+            help = textwrap.wrap(key.help.replace("`", ""), 82, break_on_hyphens=False)
+            lines += [f"      {line}" for line in help]
         lines.append("")
     return "\n".join(lines)
 
@@ -9342,7 +8796,7 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, binaries = [], set()
+    unusable, unknown = [], set()
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
@@ -9351,8 +8805,8 @@ def check(config: Config) -> int:
     for model in config.models.values():
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if model.kind == "llama-server":
-            binaries.add(model.settings.llama_server)
+        if table_of(model) is UNKNOWN_OPTIONS:
+            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -9365,9 +8819,8 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(binaries):
-        if options_of(binary) is UNKNOWN_OPTIONS:
-            print(f"the options of {binary} are unknown: they are passed on unchecked")
+    for binary in sorted(unknown):
+        print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
     count = f"{len(unusable)} of {len(config.models)} models cannot be used"
@@ -9408,8 +8861,6 @@ def prepare_process():
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
@@ -9429,7 +8880,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(keys_text(), end="")
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
-    file_watch = FileWatch(args.file) if args.file else None
+    file_watch = FileWatch(args.file or os.devnull)
     try:
         config = load(list_cached=cached_models)
     except ConfigError as error:
@@ -9458,7 +8909,7 @@ def refuse_pending_connections():
     """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
     start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
-    for listener in take_listeners(os.environ)[0]:
+    for listener in passed_listeners(os.environ):
         listener.setblocking(False)
         with contextlib.suppress(OSError):  # when there are no more
             while True:
@@ -9485,7 +8936,7 @@ class FileWatch:
         self._path = path
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._look = None  # the thread of the last one
+        self._look = threading.Thread()  # the last one
         self.mark()
 
     def mark(self):
@@ -9497,14 +8948,10 @@ class FileWatch:
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         with self._lock:
             now = time.monotonic()
-            is_due = now >= self._looked_at + WATCH_EVERY
-            if is_due and not (self._look and self._look.is_alive()):
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # there can be no more threads
-                    self._look = start_thread(self._find_change, "watch", on_change)
-            look = self._look
-        if look:
-            look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+                self._look = start_thread(self._find_change, "watch", on_change)
+        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
         stamp = self._stamp()
@@ -9535,11 +8982,9 @@ class Application:
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
-        self._is_activated = False  # systemd passed the sockets
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -9550,9 +8995,8 @@ class Application:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
-        if isinstance(listeners, int):
-            self.log.close()
-            return listeners
+        if not listeners:
+            return 0
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -9562,8 +9006,7 @@ class Application:
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
-        watch, is_serving = self._notifier.watch, self.server.is_serving
-        start_thread(watch, "systemd", self.pool, is_serving)
+        start_thread(self._notifier.watch, "systemd", self.server)
         if not self._cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
@@ -9576,31 +9019,25 @@ class Application:
             self._signals.settimeout(min(timeout, MAX_WAIT))
             with contextlib.suppress(socket.timeout, BlockingIOError):
                 self._signals.recv(4096)
-        for number in (0, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number in self._received:
-                self._received.remove(number)
-                return number
+        return self._received.pop() if self._received else None
 
     def _open_listeners(self):
-        """Return the listening sockets, or an exit status if an address is taken."""
-        listeners, complaint = take_listeners(os.environ)
-        if complaint:
-            self.log("warning", complaint)
-        if listeners:
-            self._is_activated = True
-            return listeners
-        for address in self._config.settings.listen:
+        """Return the listening sockets; none if llmswap answers at one of the addresses
+        already. Raise OSError if an address cannot be used."""
+        listeners = passed_listeners(os.environ)
+        self._is_activated = bool(listeners)
+        if "LISTEN_FDS" in os.environ and not listeners:
+            text = "systemd passed its sockets to another process: start llmswap "
+            print(f"{text}without a shell around it, or with exec", file=sys.stderr)
+        for address in () if listeners else self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
                 shown = shown_address(address)
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    self.log("info", f"llmswap answers at {shown} already")
-                    return 0
-                # without "(while attempting to bind on address ...)"
-                reason = str(error.strerror or error).partition(" (while ")[0]
-                self.log("error", f"cannot listen on {shown}: {reason}")
-                return 1
+                    print(f"llmswap answers at {shown} already", file=sys.stderr)
+                    return []
+                raise OSError(f"cannot listen on {shown}: {error}") from None
         return listeners
 
     def _log_models(self, config):
@@ -9621,10 +9058,7 @@ class Application:
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                now = time.monotonic_ns() // 1000
-                self._notifier.notify("RELOADING=1", f"MONOTONIC_USEC={now}")
                 self._try_reload()
-                self._notifier.notify("READY=1")
             elif number is not None:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
@@ -9632,7 +9066,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._file_watch and self._config.settings.watch:
+        if self._config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9643,9 +9077,9 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        names = [*config.models]
-        count = "1 model" if len(names) == 1 else f"{len(names)} models"
-        self.log("info", f"{count}: {', '.join(names) or 'none'}")
+        level = "debug" if self._args.verbose else config.settings.log_level
+        self.log.set_level(level)
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
         for model in config.models.values():
@@ -9669,8 +9103,7 @@ class Application:
         """Read the file again and use it. Raise an APIError with the reason if it is
         broken; then nothing changes."""
         with self._reload_lock:
-            if self._file_watch:
-                self._file_watch.mark()
+            self._file_watch.mark()
             try:
                 config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
@@ -9679,14 +9112,11 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
             start_thread(self._refresh_cached_models, "cache")
-            name = self._args.file or "the list of models"
-            self.log("info", f"{name} was read again")
+            self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
@@ -9699,20 +9129,19 @@ class Application:
         return max(0.0, max(since) + limit - time.monotonic())
 
     def _idle_command_loop(self):
-        last_run = -math.inf
+        ran_at = -math.inf
         while not self.server.is_closing:
             settings, idle_since = self._config.settings, self.pool.idle_since()
-            pause = math.inf
-            limit = settings.idle_command_after if settings.idle_command else 0
-            if limit and idle_since is None:
-                pause = max(1.0, limit)
-            elif limit:
-                pause = max(idle_since, last_run) + limit - time.monotonic()
+            now, limit = time.monotonic(), settings.idle_command_after
+            if not (limit and settings.idle_command):
+                limit = math.inf
+            since = now if idle_since is None else max(idle_since, ran_at)
+            pause = since + limit - now
             if pause <= 0:
                 pause = self._unload_for_idle_command(idle_since)
                 if pause == 0:
                     self._run_idle_command(settings.idle_command)
-                    last_run = time.monotonic()
+                    ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
@@ -9736,24 +9165,18 @@ class Application:
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
         self.log("info", f"idle: running {shlex.join(command)}")
-        suspended, environment = suspended_seconds(), clean_environment({})
+        options = {"stdin": subprocess.DEVNULL, "env": clean_environment({})}
         try:
-            status = subprocess.call(command, stdin=subprocess.DEVNULL, env=environment)
+            status = subprocess.call(command, **options)
         except OSError as error:
             return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
-        slept = max(0.0, suspended_seconds() - suspended)
-        self.log(level, f"idle-command ended with status {status}; slept {slept:.0f} s")
+        self.log(level, f"idle-command ended with status {status}")
 
     def _shut_down(self, reason):
         """End the requests in flight and all backends; a second signal kills them."""
         self.log("info", reason)
         self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        for listener in self.server.sockets:
-            address = listener.getsockname()
-            if isinstance(address, str) and not self._is_activated:
-                with contextlib.suppress(OSError):
-                    os.unlink(address)  # later it may be the next llmswap's
         self.server.stop()
         start_thread(self._close, "end")
         while (number := self._next_signal(EXTEND_EVERY)) != 0:

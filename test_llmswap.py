@@ -924,10 +924,9 @@ OPTIONS = llmswap.parse_help(HELP)
      ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
     ("budget", {"auto": {"vram": None, "ram": None}, "vram auto, gpu 1": {
         "vram": None, "gpu": 1}}, ["gpu0 auto", "auto, ram 4G", "vram auto, vram 4G"]),
-    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()},
-     ["a + ", "+", "a + + b"]),
+    ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}, []),
     ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}},
-     ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null", "[" * 200000]),
+     ["[1]", "1", "{", "{'a': 1}", "null"]),
     ("listen",
      {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
       "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
@@ -989,7 +988,7 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
     ("[a]\ndescription = it's C#; really ; a\t# b",
      {"a": {"description": "it's C#; really"}}),
     ("[a]\nttl = 5 ; five\nalias = a#b\nstop-timeout = 5;x",
-     {"a": {"ttl": "5", "alias": "a", "stop-timeout": "5"}}),
+     {"a": {"idle-timeout": "5", "alias": "a", "stop-timeout": "5"}}),
 ])
 def test_sections_are_read(text, sections):
     parsed = llmswap.parse_presets(text.encode(), "m.ini", print)
@@ -1006,8 +1005,6 @@ def test_sections_are_read(text, sections):
     ("[a\n", "1: "), ("[a]\nc d = 1", "2: "), ("[a]\n---c = 1", "2: "),
     (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], key = value nor a comment"),
     ("[a]\nc = 1".encode("utf-16-le"), "1: "),
-    *[(f"[macros]\n{name} = x", f"2: [macros] {name}: this name has its own")
-      for name in ("PORT", "PID", "MODEL_ID", "env.HOME")],
     *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
       for key in ("cmd", "unit", "proxy", "uses", "alias", "a")],
     *[(f"[llmswap]\n{line}", f"2: [llmswap] {message}") for line, message in (
@@ -1015,13 +1012,14 @@ def test_sections_are_read(text, sections):
         ("listen = 8080", "listen: '8080' is not an address such as 127.0.0.1:8080"),
         ("lissen = x", "lissen: unknown key; did you mean listen?"),
         ("idle-timeout = 5", "idle-timeout: belongs to a model, or in [*]"),
-        ("patience = ${env.NONE}", "patience: NONE is not in the environment"),
+        ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
         ("patience = ${NONE}", "patience: ${NONE} is unknown here"),
         ("api-key = ${env.EMPTY}", "api-key: there is no key in it"),
         ("api-key-file = /dev/null", "api-key-file: there is no key in it"),
         ("cors-origins = a.example", "cors-origins: 'a.example' is not localhost, *"),
         ("allowed-hosts = a:8080", "allowed-hosts: 'a:8080' is not a host name"),
         ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
+        ("sets = a +\n[a]\nm = x", "sets: there is no model ''"),
         ("default-model = nobody", "default-model: there is no model 'nobody'"),
         ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
         ("idle-command = 'x", "idle-command: No closing quotation"),
@@ -1193,7 +1191,7 @@ MEANINGS = [
      """, {
         "a.settings.idle_timeout": 300, "b.settings.idle_timeout": 1,
         "a.settings.env": {"A": "1", "B": "3"}, "b.settings.env": {"A": "1", "B": "2"},
-        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on, off or loaded",
+        "a.problem": "m.ini:7: [*] pin: 'perhaps' is not on or off, nor 'loaded'",
         "a.options": (), "b.problem": None, "c.problem": None, "c.settings.needs": {},
     }),
     # values that llama.cpp forgives are forgiven
@@ -1207,9 +1205,8 @@ MEANINGS = [
     # a source may be spelled in many ways
     *[(text, {"a.problem": None}) for line in (
         "m = x", "model = x", "hf = u/r", "hfr = u/r", "hf_repo = u/r", "mu = u",
-        "dr = d", "LLAMA_ARG_MODEL = x", "env.LLAMA_ARG_HF_REPO = u/r",
-        "gpt-oss-20b-default = on", "fim-qwen-7b-spec = on",
-        "extra-args = -m x", "extra-args = --model=x",
+        "dr = d", "LLAMA_ARG_MODEL = x", "gpt-oss-20b-default = on",
+        "fim-qwen-7b-spec = on",
       ) for text in (f"[a]\n{line}", f"[*]\n{line}\n[a]")],
     # models are found by every name
     ("[qwen3:8b]\nm = x\nalias = coder, GPT-4\n[Coder]\nm = y", {
@@ -1248,7 +1245,6 @@ MEANINGS = [
         ("", 1),
         ("[llmswap]\nmodels-max = 3", 3),
         ("[*]\nmodels-max = 3", 3),
-        ("[*]\nLLAMA_ARG_MODELS_MAX = 3", 3),
         ("[*]\nmodels-max = x", 1),
         ("[*]\nmodels-max = 3\n[llmswap]\nmodels-max = 2", 2),
         ("[llmswap]\nbudget = vram 1G", 0),
@@ -1273,7 +1269,7 @@ MEANINGS = [
      {"proxy.sets": ({"c,1", "e"}, {"e", "b"})}),
     # API keys: of the file, the environment and the key file
     ("[llmswap]\napi-key = one, t;w #o\napi-key-file = keys",
-     {"config.api_keys": ("one", "t;w #o", "four", "three")}),
+     {"config.api_keys": ("one", "t;w #o", "four", "three", "one")}),
 ]
 ENVIRON = {"KEY": "k ${PORT}", "LLMSWAP_API_KEY": "four"}
 
@@ -1308,7 +1304,6 @@ def test_the_command_line_overrules_the_file(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "", "usage: wrapper [options]\n", HELP.replace("--filler", "filler"),
-    HELP.replace("--model FNAME", "--model"), HELP.replace("--version ", "--vers     "),
 ])
 def test_help_of_another_program_gives_no_table(text):
     assert llmswap.parse_help(text) is None
@@ -1474,7 +1469,7 @@ def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
     ("models-max = 0", "pin = on", "pin = on", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 4G", None),
     ("budget = vram 24G", "pin = on\nneeds = vram 20G", "needs = vram 5G",
-     "beside the pinned a: they need vram 25G, the budget is 24G"),
+     "beside the pinned a: they need vram 25G, the budget is vram 24G"),
     ("budget = vram 24G", "", "needs = vram 25G", "fit: they need vram 25G"),
     ("budget = vram 24G", "", "needs = vrma 25G", "does not name 'vrma'"),
     ("budget = vram 24G", "", "sleep-needs = ram 1G", "does not name 'ram'"),
@@ -1641,14 +1636,6 @@ A ticket that may not load is refused once its model is to go
     9    end 2           -> evicted a for b
     9    ask a no-load       -> refuse 5: invalid_request
 
-A ticket that may not load is no reason to retry a load without memory
-    a b | models_max=2
-    0    serve a 1
-    2    ask b           -> start b
-    2    ask b no-load
-    2    end 2
-    3    exited b starved       -> refuse 3: model_start_failed
-
 A changed model drains and is replaced, and its tickets wait
     a
     0    busy a
@@ -1798,7 +1785,7 @@ A keep_loaded model is evicted, and loaded again once it fits
     4    exited c        -> start a
     4    soonest a of a b c
     5    loaded b        -> grant 1
-    5    soonest b of x b a
+    5    soonest b of b a
     6    unload b
     6    soonest a of c b a
 
@@ -2001,7 +1988,7 @@ A removed model drains and stops, and its tickets are refused
     2    ask a           -> refuse 3: model_not_found
     3    end 1           -> reload a
     4    exited a
-    4    soonest b of a b
+    4    ask a           -> refuse 4: model_not_found
 
 A model removed and added again before it exited is replaced
     a
@@ -2026,16 +2013,6 @@ walk, stories = map(load_tool, ("walk", "stories"))
 BROKEN, STARVED, in_words = walk.BROKEN, walk.STARVED, walk.in_words
 World = walk.World
 STORY_LINE = re.compile(r" +(\d\S*) ([^;>]*)(?:->([^;]*))?(?:; next (.*))?")
-
-
-def test_a_refusal_names_only_the_pins_that_are_in_the_way():
-    pinned = "embed(needs=1,is_pinned=1) big(needs=20,is_pinned_once_loaded=1)"
-    stage = stories.Story(f"{pinned} c(needs=8) | models_max=0 budget=24")
-    stage.tell(0, "serve embed 0")
-    stage.tell(0, "serve big 0")
-    stage.core.submit("c", 1.0)
-    [refusal], _ = stage.core.decide(1.0)
-    assert "beside the pinned big: unload" in str(refusal.problem)
 
 
 @pytest.mark.parametrize("story", STORIES.strip().split("\n\n"))
@@ -2238,7 +2215,7 @@ def script(folder, text, name="script"):
 
 
 def has_group(group):
-    stats = [stat for _, stat in llmswap.processes() if stat.group == group]
+    stats = filter(None, map(llmswap.process_stat, llmswap.group_members(group)))
     return any(stat.state != "Z" for stat in stats)
 
 
@@ -2644,11 +2621,9 @@ def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
     child.wait()
 
 
-@pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
-    begin, tmp_path, kind
-):
-    backend = begin(**kind_keys(kind, tmp_path), hang_timeout=0.3).loaded()
+def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
+    keys = kind_keys("llama-server", tmp_path)
+    backend = begin(**keys, hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port)
     backend.upstream.connect()[0].close()
     os.kill(backend.pid, order_to("deaf"))  # it lives on
@@ -2661,8 +2636,7 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(
     assert stranger.heard() == b""
 
 
-def test_a_fixed_port_held_by_a_stranger_is_told(begin, monkeypatch):
-    monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 0.3)
+def test_a_fixed_port_held_by_a_stranger_is_told(begin):
     stranger = Stranger(free_port())
     stranger.listen()
     reason = rf"its port {stranger.port} is held by process {stranger.pid} \(python"
@@ -3077,7 +3051,7 @@ def test_a_model_misconfigured_by_a_reload_during_its_check_blocks_nothing(
     text = "[llmswap]\nmodels-max = 1\nbudget = vram 1G\n[a]\nTRUE\nneeds = vram 2G\n"
     config = stage.config(text + "[b]\nTRUE\n")
     monkeypatch.setattr(llmswap, "check_start", lambda _: stage.pool.reload(config))
-    assert "the budget is 1G" in str(stage.ask("a").refused())
+    assert "the budget is vram 1G" in str(stage.ask("a").refused())
     stage.ask("b")
     assert stage.state("b") == "loading"
 
@@ -3398,7 +3372,7 @@ def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
     os.close(read_end), os.close(write_end)
 
 
-def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path):
+def test_listen_needs_a_restart(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
     command = [*PYTHON, llmswap_file(), str(path)]
@@ -3408,12 +3382,6 @@ def test_a_unix_socket_is_removed_at_the_end_and_listen_needs_a_restart(tmp_path
         process.send_signal(signal.SIGHUP)
         assert any("`listen` needs a restart" in line for line in process.stderr)
         assert llmswap.is_llmswap(str(place))
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(place))
-            client.sendall(b"GET")
-            process.terminate()
-            eventually(lambda: not place.exists())
-            assert process.poll() is None  # it is gone before the requests end
 
 
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
@@ -3424,12 +3392,12 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
-            (f"127.0.0.1:{other.port}", 1, "http://{}/: Address already in use"),
+            (f"127.0.0.1:{other.port}", 1, "cannot listen on http://{}/: [Errno "),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
             done = run_llmswap(*words, listen)
             assert done.returncode == status
-            assert text.format(listen) + "\n" in done.stderr
+            assert text.format(listen) in done.stderr
 
 
 def test_output_that_cannot_be_written_is_an_error():
@@ -3501,21 +3469,6 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
-def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
-    watch, changes = llmswap.FileWatch(str(tmp_path)), []
-    monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse_to_start)
-        watch.check(lambda: None)
-    (tmp_path / "new").touch()
-    watch.check(lambda: changes.append("seen"))
-    assert changes == ["seen"]
-
-
-def refuse_to_start(_):
-    raise RuntimeError("can't start new thread")
-
-
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
 def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
     if output:
@@ -3524,22 +3477,6 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
     done = run_llmswap(env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 3 and "llama-server -hf" in done.stderr
-
-
-def test_a_connection_without_a_thread_is_refused(monkeypatch):
-    log = []
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        pool = llmswap.Pool(no_models(), lambda *_: None)
-        server = llmswap.Server([sock], pool, lambda *line: log.append(line), None)
-        with Client(sock.getsockname()[1]) as client:
-            with monkeypatch.context() as patch:
-                patch.setattr(threading.Thread, "start", refuse_to_start)
-                server.socket = sock
-                server._handle_request_noblock()
-            answer = client.answer()
-        assert server.inactive_since() is not None
-    assert answer.status == 503 and "new thread" in answer.message()
-    assert "new thread" in log[0][1]
 
 
 # ==================================================================================
@@ -3552,7 +3489,7 @@ BRISK = dict(
 )  # fmt: skip
 
 
-def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
+def test_the_parrot_repeats_the_last_message():
     with socketserver.TCPServer(("127.0.0.1", 0), llmswap.Parrot) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with Client(server.server_address[1]) as client:  # one connection for all
@@ -3563,8 +3500,6 @@ def test_the_parrot_repeats_the_last_message_and_survives_nonsense():
             answer = client.ask("POST", CHAT, body)
             assert answer.content() == "jo says: Hi you"
             assert answer.json()["usage"]["completion_tokens"] == 4
-            for nonsense in (b"{", b"[]", b'{"messages":"x"}', b"[" * 5000):
-                assert client.ask("POST", CHAT, nonsense).status == 400
             assert b"squawk" in client.ask("POST", CHAT, {"messages": []}).body
             began = time.monotonic()
             answer = client.ask("POST", CHAT, {**body, "stream": True})
@@ -3970,7 +3905,7 @@ def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
                 began = time.monotonic()
                 answer = server.chat("far")
                 assert answer.status == 504 and 0.24 < time.monotonic() - began
-                assert "did not answer for 0.25 s" in answer.message()
+                assert "showed no sign of progress for 0.25 s" in answer.message()
                 assert "Connection refused" in answer.message()
 
 
@@ -4117,8 +4052,6 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
         assert server.chat("far").status == server.chat("near").status == 200
         before = machine.stats()
         with server.connect() as client:
-            asked = client.ask("GET", "/upstream/near/stats").json()["health"]
-            # its thread has released near's connection once it answers again
             eventually(lambda: client.ask("GET", "/health").json()["requests"] == 0)
         server.process.send_signal(signal.SIGSTOP)
         machine.process.send_signal(signal.SIGSTOP)
@@ -4132,7 +4065,6 @@ def test_after_a_suspension_the_whole_program_trusts_nothing_of_before(
         after = machine.stats()
         assert after["requests"] == before["requests"] + 1
         assert after["health"] == before["health"] + 1
-        assert server.stats("near")["health"] == asked + 1
         assert set(after["ports"]).isdisjoint(before["ports"])
 
 
@@ -4301,15 +4233,11 @@ def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path)
 
 
 @pytest.mark.parametrize("command, text", [
-    ("touch {}", "ended with status 0; slept 3600 s"), ("false", "ended with status 1"),
-    ("/no/such/thing", "idle-command: "),
+    ("false", "ended with status 1"), ("/no/such/thing", "idle-command: "),
 ])  # fmt: skip
-def test_the_end_of_the_idle_command_and_the_sleep_are_logged(tmp_path, command, text):
-    mark = tmp_path / "slept"
-    slept = Code(f"lambda: 3600.0 * l.os.path.exists({str(mark)!r})")
-    head = f"[llmswap]\nidle-command = {command.format(mark)}\n"
-    head += "idle-command-after = 0.2s\n"
-    with brisk(head + "[a]\ncmd = FAKE\n", suspended_seconds=slept) as server:
+def test_a_failure_of_the_idle_command_is_logged(command, text):
+    head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.2s\n"
+    with brisk(head + "[a]\ncmd = FAKE\n") as server:
         eventually(lambda: text in server.log())
         assert server.chat("a").status == 200
 
@@ -4434,14 +4362,12 @@ SMUGGLING = [
     "GET / x HTTP/1.1\nHost: x", "GET /\x01 HTTP/1.1\nHost: x", "GET /\nHost: x",
     "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
     "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
-    "GET http://y/ HTTP/1.1\nHost: x", "GET ftp://x/ HTTP/1.1\nHost: x",
-    "GET * HTTP/1.1\nHost: x", "OPTIONS ** HTTP/1.1\nHost: x",
+    "GET http://x/ HTTP/1.1\nHost: x", "OPTIONS * HTTP/1.1\nHost: x",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("target, path, query", [
-    ("/a?c=http://c/d", "/a", "c=http://c/d"), ("http://x/a?b", "/a", "b"),
-    ("HTTP://X", "/", ""), ("http://x?q", "/", "q"), ("//evil/a", "//evil/a", ""),
+    ("/a?c=http://c/d", "/a", "c=http://c/d"), ("//evil/a", "//evil/a", ""),
     ("/?a=b&model=q%C3%A4+1%2Fx", "/", ANY), ("/?model=q\u00c3\u00a4+1/x", "/", ANY),
 ])  # fmt: skip
 def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, query):
@@ -4628,7 +4554,7 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
     for cut in range(len(data)):
         answer, payload = read_answer(data[:cut], data[cut:])
         assert (answer.status, payload, answer.is_reusable) == (200, b"hello", True)
-        with pytest.raises(llmswap.Truncated):
+        with pytest.raises(llmswap.BackendDied):
             read_answer(data[:cut])
 
 
@@ -4651,7 +4577,7 @@ def test_events_are_passed_on_by_whole_chunks_and_other_bytes_as_they_come():
     for kind, expected in (("text/event-stream", b"ab"), ("text/plain", b"abcd")):
         head = f"HTTP/1.1 200 OK\n{IN_CHUNKS}\nContent-Type: {kind}"
         answer, got = reader_of(http(head, b"2\r\nab\r\n4\r\ncd")), b""
-        with pytest.raises(llmswap.Truncated):
+        with pytest.raises(llmswap.BackendDied):
             for piece in llmswap.UpstreamResponse(answer, "GET").pieces():
                 got += piece
         assert got == expected
@@ -5053,7 +4979,7 @@ def test_the_model_is_found_and_its_name_put_into_forms_too(swap):
 
 
 def test_keep_alive_of_a_request_unloads_its_model(swap):
-    for seconds in (1e300, 1e10, 0):
+    for seconds in (1e10, 0):
         assert swap.chat("late2", keep_alive=seconds).status == 200
     eventually(lambda: swap.states()["late2"] == "unloaded")
     for wrong in ("soon", [1], True):
@@ -5309,7 +5235,7 @@ def test_without_autoload_models_are_loaded_by_hand():
         assert server.get("/props").json()["models_autoload"] is False
         answer = server.chat("a")
         assert (answer.status, answer.message()) == (400, "model is not loaded")
-        assert server.get("/upstream/a/").status == 409
+        assert server.get("/upstream/a/").status == 400
         for action, state in (("load", "loaded"), ("unload", "unloaded")):
             server.post(f"/models/{action}", {"model": "a"})
             eventually(lambda: server.states()["a"] == state)
@@ -5317,15 +5243,6 @@ def test_without_autoload_models_are_loaded_by_hand():
         assert server.post("/upstream/a/x?autoload=false").status == 400
         assert server.post(f"{CHAT}?autoload=true", chat_body("a")).status == 200
 
-
-def test_what_is_kept_loaded_returns_although_no_request_may_load():
-    text = "[llmswap]\nmodels-autoload = off\n[a]\ncmd = FAKE\nkeep-loaded = on\n"
-    with Llmswap(text) as server:
-        eventually(lambda: server.states()["a"] == "loaded")
-        assert server.get("/unload").status == 200
-        assert server.get("/upstream/a/slots").status == 409  # is no use of it
-        assert server.states()["a"] == "unloaded"
-        eventually(lambda: server.chat("a").status == 200)
 
 
 def test_paths_of_other_servers_are_answered_in_their_words(swap):
@@ -5339,21 +5256,16 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
         assert answer.status == other.status == 200
         assert answer.headers["server"] == "llmswap (llama.cpp)"
     assert swap.get("/v1/models/b/").json()["id"] == "b"
-    twice, ollama = "/v1 twice", "OpenAI-compatible"
-    for path, words in (
-        ("/v1/v1/models", twice), ("/api/tags", ollama), ("/api/version/", ollama),
-    ):  # fmt: skip
-        for answer in (swap.get(path), swap.post(path, {"model": "a"})):
-            assert answer.status == 404 and words in answer.message()
-            assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+    for method, body in (("GET", None), ("POST", {"model": "a"})):
+        answer = swap.ask(method, "/v1/v1/models", body)
+        assert answer.status == 404 and "/v1 twice" in answer.message()
+        assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
 
 
 def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
-    for _ in range(2):
-        answer, _ = raw(swap, b"\x16\x03\x01\x02\x00\x01")  # a TLS ClientHello
-        assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
-    eventually(lambda: "speaks TLS" in swap.log())
-    assert swap.log().count("speaks TLS") == 1
+    answer, _ = raw(swap, b"\x16\x03\x01\x02\x00\x01")  # a TLS ClientHello
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
+    eventually(lambda: "use http://" in swap.log())
 
 
 def test_a_start_that_is_bound_to_fail_is_known_before():
@@ -5377,12 +5289,12 @@ def test_requests_are_remembered_with_who_asked_for_what():
     with Llmswap("[a]\ncmd = FAKE\nalias = x\n[b]\ncmd = FAKE --load-exit 3") as server:
         server.ask("X" * 999, CHAT, chat_body("n" * 999))
         (row,) = eventually(lambda: rows_of(server))
-        assert (len(row["method"]), len(row["asked"])) == (200, 500)
+        assert (len(row["method"]), len(row["asked"])) == (500, 500)
         fields = {"User-Agent": "tester" * 99, "X-Session-Id": "s1"}
         assert server.post(CHAT, chat_body("x"), fields).status == 200
         eventually(lambda: all(row["status"] for row in rows_of(server)))
         row, _ = rows_of(server)
-        assert row["user_agent"] == ("tester" * 99)[:200]
+        assert row["user_agent"] == ("tester" * 99)[:500]
         names = "client session method path asked model stream status error".split()
         assert [row[name] for name in names] == [
             "127.0.0.1", "s1", "POST", CHAT, "x", "a", False, 200, None]  # fmt: skip
@@ -5583,8 +5495,6 @@ def test_errors_have_openais_shape_and_a_real_status(swap):
     answer = swap.chat("clossing")
     assert "closing" in answer.message() and answer.json()["error"]["param"] == "model"
     assert "hidden" not in swap.chat("hiden").message()
-    assert swap.post("/running").headers["allow"] == "GET, OPTIONS"
-    assert swap.ask("PUT", "/unload").headers["allow"] == "GET, POST, OPTIONS"
     with swap.connect() as client:  # usable after an error
         for _ in range(2):
             assert client.ask("POST", "/v1/x", {"model": "none"}).status == 404
@@ -5604,7 +5514,7 @@ def basic(password):
 # are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
 GET /v1/models -> 200
-    Authorization: bearer  s3cret | Authorization: s3cret | x-api-key: s3cret
+    Authorization: bearer  s3cret | x-api-key: s3cret
     Authorization: {basic_umlaut} | Authorization: Bearer {umlaut}
     Authorization: Bearer no & x-api-key: s3cret
     {own} & {key} & {site} same-site & {mode} no-cors
@@ -5613,6 +5523,7 @@ GET /v1/models -> 200
     {key} & Origin: https://evil.example
 GET /v1/models -> 401
     | Authorization: Bearer s3cre | Authorization: Basic s3cret | x-api-key: \u00e4
+    Authorization: s3cret
     Authorization: {basic_wrong} | {own} & {stored} & Origin: https://evil.example
     {own} & {stored} & {site} same-site & {mode} no-cors
 GET /v1/models -> 401 cors
@@ -5790,7 +5701,7 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
     """
     with Llmswap(text, "--verbose", env={"LLMSWAP_API_KEY": "K-env"}) as server:
         forms = [{"x-api-key": f"K-{name}"} for name in ("ini", "file", "env")]
-        values = "K-ini", "Bearer K-env", basic("K-file")
+        values = "Bearer K-ini", "Bearer K-env", basic("K-file")
         forms += [{"Authorization": value, "api-key": "K-ini"} for value in values]
         for fields in forms:
             assert server.post("/v1/x", {"model": "far"}, fields).status == 200
@@ -5927,7 +5838,7 @@ def test_unusual_requests_are_understood(liar):
         f"POST {start}.1\nHost: localhost\nTRANSFER-ENCODING: Chunked": ABC_IN_CHUNKS,
         f"POST {start}.0\nContent-Length: 3": b"abc",
         f"GET {start}.1\nHost: localhost\nContent-Length: 3": b"abc",
-        f"DELETE http://localhost{start}.1\nHost: LOCALHOST": b"",
+        f"DELETE {start}.1\nHost: LOCALHOST": b"",
         f"PROPFIND {start}.1\nHost: localhost\nX-A:\t b \t": b"",
     }
     liar.backend.take_requests()
@@ -5937,10 +5848,8 @@ def test_unusual_requests_are_understood(liar):
         (request,) = liar.backend.take_requests()
         assert request.start[:2] == (text.split()[0], "/x")
         assert request.body == (b"abc" if body else b"")
-    for target in ("*", "/upstream/a/x"):
-        text = f"OPTIONS {target} HTTP/1.1\nHost: localhost\nConnection: close"
-        data, _ = raw(liar, http(text))
-        assert data.startswith(b"HTTP/1.1 204 ")
+    data, _ = raw(liar, http(f"OPTIONS {start}.1\nHost: localhost\nConnection: close"))
+    assert data.startswith(b"HTTP/1.1 204 ")
 
 
 def answer_of(liar, answer):
@@ -5989,14 +5898,9 @@ def test_answers_that_are_valid_pass_and_bad_chunks_break_them(liar):
             answer_of(liar, CHUNKED_ANSWER + chunks)
 
 
-def deflated(data):
-    coder = zlib.compressobj(wbits=-15)
-    return coder.compress(data) + coder.flush()
-
 
 CODINGS = [
-    ("gzip", gzip.compress), ("GZIP", gzip.compress),
-    ("deflate", zlib.compress), ("deflate", deflated), ("identity", bytes),
+    ("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress),
 ]  # fmt: skip
 BAD_CODINGS = [
     ("br", b"x", 415, "'br'"),
@@ -6014,7 +5918,7 @@ def test_encoded_bodies_are_decoded_or_refused(liar):
         liar.post(path, encode(data), {"Content-Encoding": coding})
         (request,) = liar.backend.take_requests()
         assert request.body == data
-        assert request.all("content-encoding") == ["identity"] * (coding == "identity")
+        assert not request.all("content-encoding")
     for coding, body, status, word in BAD_CODINGS:
         answer = liar.post(CHAT, body, {"Content-Encoding": coding})
         assert answer.status == status and word in answer.message()
@@ -6022,7 +5926,7 @@ def test_encoded_bodies_are_decoded_or_refused(liar):
 
 
 PATHS = {  # the path asked for: the one that the backend gets; b is below /own
-    "/upstream/b/x/..y/.": "/own/x/..y/.",
+    "/upstream/b/x/.y/.": "/own/x/.y/.",
     "/upstream/b/x?a=/../..": "/own/x?a=/../..",
     "/upstream/b/?": "/own/?",
     "/upstream/b///x": "/own///x",
@@ -6251,7 +6155,7 @@ MEANT = r"""
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
-{"a": "C:\temp\"} ⇒ {"a": "C:\\temp\\"}
+{"a": "C:\dir\"} ⇒ {"a": "C:\\dir\\"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
 {"a": 1, b ⇒ {"a": 1}
@@ -6502,7 +6406,7 @@ STREAMS = {
     "no reason but [DONE]": (one_call(BAD, None), "repaired"),
     "max_tokens": (message(BAD, "max_tokens"), "kept"),
     "error": ([*one_call(BAD, None), {"error": {"message": "x"}}], "kept"),
-    "error of Anthropic": ([*message(BAD)[:-4], {"type": "error"}], "kept"),
+    "error of Anthropic": ([*message(BAD)[:-4], {"error": {"message": "x"}}], "kept"),
     "a later block": (message(BAD, "max_tokens", NEXT_BLOCK), "repaired"),
     "the last call begun": (
         [*one_call(BAD, None), chunk(call("", 1, id="2")), chunk({}, "length")],
@@ -6872,19 +6776,13 @@ def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
         assert time.monotonic() < began + 4
 
 
-def test_an_address_is_shown_as_one_that_can_be_clicked():
-    assert llmswap.shown_address(("::", 80)) == "http://[::1]:80/"
-    assert llmswap.shown_address(("0.0.0.0", 80)) == "http://127.0.0.1:80/"
-    assert llmswap.shown_address(b"\0llmswap") == "unix:@llmswap"
-
-
 @pytest.mark.parametrize("is_journal", [False, True])
 def test_log_lines_have_time_or_priority_and_no_control_characters(
     tmp_path, monkeypatch, is_journal
 ):
     path = tmp_path / "log"
     with path.open("w") as stderr:
-        status = os.fstat(stderr.fileno())
+        status = os.fstat(2)
         stream = f"{status.st_dev}:{status.st_ino}" if is_journal else "8:1"
         monkeypatch.setenv("JOURNAL_STREAM", stream)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -7391,8 +7289,7 @@ def test_metrics_are_well_formed_and_histograms_add_up():
     shared = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
         id="b", shares="a")  # fmt: skip
-    report = llmswap.StatusReport("1.0", 1750000000.0, models, meters)
-    metrics = metrics_of(llmswap.metrics_text(report))
+    metrics = metrics_of(llmswap.metrics_text(models, meters, {}, 1750000000.0))
     assert metrics["process_start_time_seconds",] == 1750000000
     assert metrics["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
     in_flight = counted(metrics, "llmswap_requests_in_flight")
@@ -7720,7 +7617,7 @@ def test_requests_are_fetched_at_changes_once_a_second_and_not_while_hidden(brow
         began = time.monotonic()
         for _ in range(200):
             assert server.chat("b").status == 200
-        browser.until("recentKey.includes(' 800 ') && !isFetching")  # four steps each
+        browser.until("recentKey.startsWith('800 ') && !isFetching")  # four steps each
         busy = browser.value(fetches)
         assert busy <= 2 + (time.monotonic() - began)
         age = f"parseInt({row('b', '.state span')}.innerText)"
@@ -8192,12 +8089,13 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
         pool = llmswap.Pool(no_models(), lambda *_: None)
         application = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, application)
-        server.start()
-        assert server.try_idle_exit() and server.is_serving()  # there is nothing to do
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
             assert not server.try_idle_exit()
+            server.start()
             assert client.answer().status == 200
+            eventually(server.try_idle_exit)
+            assert server.is_alive()
         server.stop()
 
 
@@ -8215,25 +8113,14 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
-@pytest.mark.parametrize("open_it", [lambda _: socket.socket(), open])
-def test_a_descriptor_that_does_not_listen_is_not_used(tmp_path, open_it):
-    path, address = tmp_path / "x.ini", ("127.0.0.1", free_port())
-    path.write_text("[llmswap]\nlisten = %s:%d\n" % address)
-    passed = open_it(path)
-    with passed, open(tmp_path / "log", "w") as log, contextlib.ExitStack() as stack:
-        process = activation.activated(path, [passed], log)
-        stack.callback(process.kill)
-        eventually(lambda: llmswap.is_llmswap(address))
-        process.terminate()
-        assert process.wait(5) == 0
-    line = (tmp_path / "log").read_text().splitlines()[0]
-    assert "descriptor 3 from systemd is not a listening stream socket" in line
-
-
-def test_sockets_of_another_process_are_not_used():
-    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "http"}
-    listeners, complaint = llmswap.take_listeners(environ)
-    assert listeners == [] and "without a shell" in complaint and environ == {}
+def test_sockets_of_another_process_are_not_used(tmp_path):
+    (tmp_path / "m.ini").touch()
+    environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    assert llmswap.passed_listeners(environ) == []
+    command = [*PYTHON, llmswap_file(), tmp_path / "m.ini", "--listen", "unix:/no/way"]
+    env, pipe = {**os.environ, **environ}, subprocess.PIPE
+    done = subprocess.run(command, env=env, stderr=pipe, text=True, timeout=60)
+    assert done.returncode == 1 and "without a shell" in done.stderr
 
 
 def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatch):
@@ -8251,7 +8138,7 @@ def test_a_notify_socket_that_nobody_reads_holds_nothing_up(tmp_path, monkeypatc
         eventually(lambda: activated.statuses == [0])  # idle, it exits
 
 
-def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
+def test_systemd_is_notified_of_ready_status_and_stopping():
     systemd = activation.Notifications(f"@llmswap-test-{os.getpid()}")
     env = {"NOTIFY_SOCKET": systemd.address}
     text = "[a]\ncmd = FAKE\n[twin]\nuses = a\n"
@@ -8259,10 +8146,6 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
         systemd.until("READY=1")
         assert proxy.chat("a").status == 200
         systemd.until("STATUS=a loaded")
-        os.kill(proxy.pid, signal.SIGHUP)
-        reloading = systemd.until("RELOADING=1")[-1]
-        assert reloading[1].startswith("MONOTONIC_USEC=")
-        systemd.until("READY=1")
         client.send("POST", CHAT, chat_body("a", hang=True))
         eventually(lambda: proxy.get("/health").json()["requests"] == 1)
         proxy.process.terminate()
@@ -8275,15 +8158,12 @@ def test_systemd_is_notified_of_ready_status_reloading_and_stopping():
 def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkeypatch):
     systemd = activation.Notifications(str(tmp_path / "notify"))
     environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "40000"}
-    of_another = llmswap.SystemdNotifier({**environ, "WATCHDOG_PID": "1"})
     notifier = llmswap.SystemdNotifier(environ)
-    assert of_another.watchdog is None
-    assert notifier.watchdog == 0.04 and environ == {}
     pool = llmswap.Pool(no_models(), lambda *_: None)
     pool.start()
     is_deaf = threading.Event()
-    args = (pool, lambda: not is_deaf.is_set())
-    threading.Thread(target=notifier.watch, args=args, daemon=True).start()
+    server = SimpleNamespace(pool=pool, is_alive=lambda: not is_deaf.is_set())
+    threading.Thread(target=notifier.watch, args=(server,), daemon=True).start()
     first = systemd.until("STATUS=nothing is loaded")
     assert all("WATCHDOG=1" in lines for lines in first)
     systemd.until("WATCHDOG=1")
@@ -8657,15 +8537,15 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     assert origin == ("measured" if then else source)
 
 
-def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
+def test_what_is_known_is_kept_by_command(tmp_path):
     folder = tmp_path / "state"
     one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
-    first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
-    assert first.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
-    for needs, model in ((first, one), (second, two)):
+    needs = llmswap.Needs(str(folder), print)
+    assert needs.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
+    for model in (one, two):
         assert needs.learn(model, {"vram": GB, "ram": GB}, False, False)
         needs.save()
-    assert not first.learn(one, {"vram": GB}, False, False)
+    assert not needs.learn(one, {"vram": GB}, False, False)
     fresh = llmswap.Needs(str(folder), print)
     for model in (one, two):
         assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
@@ -8686,7 +8566,7 @@ BROKEN_NEEDS = [
 ]  # fmt: skip
 
 
-def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
+def test_a_file_of_needs_that_is_broken_or_lost_is_a_warning(tmp_path):
     path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
     for text in (*BROKEN_NEEDS, None):
         folder = tmp_path if text is not None else "/proc/nowhere"
@@ -8698,15 +8578,13 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
         assert level == "warning"
         log.clear()
         if text is not None:
-            assert "cannot be read and is set aside: " in message
-            aside = tmp_path / "needs.json.broken"
-            assert aside.read_text(encoding="latin-1") == text
+            assert "cannot be read: " in message
             assert len(json.loads(path.read_text())["needs"]) == 1
-    path.unlink(), aside.unlink(), path.mkdir()  # it cannot be read, whole as it is
+    path.unlink(), path.mkdir()
     needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
-    assert len(log) == 2 and path.is_dir() and not aside.exists()
+    assert len(log) == 2 and path.is_dir()
 
 
 FIT_HELP = """\

@@ -86,7 +86,7 @@ SMALL_WORLDS = {
         ),
     ),
     "adopted": SmallWorld(dict(patience=0.0), faults="adopt crash"),
-    "closing": SmallWorld(faults="close stop_all", a=dict(stop_timeout=1.0)),
+    "closing": SmallWorld(faults="close unload_all", a=dict(stop_timeout=1.0)),
     "short queue": SmallWorld(dict(queue_max=2, queue_timeout=1.0)),
 }  # fmt: skip
 
@@ -154,7 +154,6 @@ class Explored(Walk):
             "reload": range(len(self.small.reloads)),
             "unload_all": [None],
             "close": [] if self.is_closed else [None],
-            "stop_all": [None] if self.is_closed else [],
         }
         return targets.get(fault, sorted(models))
 
@@ -222,7 +221,7 @@ class Explored(Walk):
         row = [
             model.name, model.state.value, model.changed_at is None, model.in_flight,
             model.preemptible, model.failures, ahead(model.retry_at, now),
-            ahead(model.keep_loaded_at, now),
+            ahead(model.keep_loaded_at, now), model.is_released,
             repr(model.spec), model.evicted_for and model.evicted_for.name,
             repr(self.specs.get(model.name)),
             model.retry_victim and model.retry_victim.name,
@@ -239,7 +238,7 @@ class Explored(Walk):
             None if model.unload_by is None else ahead(model.unload_by, now),
             drains_for,
             model.stop_cause, model.ready_at > -math.inf, model.is_asleep,
-            repr(model.replacement), model.removal_error is not None,
+            repr(model.replacement),
             backend.phase, backend.has_served, backend.was_asleep,
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
             repr(self.holds[model.name]),
@@ -274,7 +273,6 @@ EXPLORED_EVENTS = {  # functions of the state, the target, and its backend if an
     "reload": lambda state, at, _: state._reload(*state.small.reloads[at]),
     "adopt": lambda state, name, _: state._adopt(name),
     "close": lambda state, *_: state.close(),
-    "stop_all": lambda state, *_: state._stop_all(),
 }
 
 

@@ -320,7 +320,7 @@ def fuzz_read_one(reader, request):
     handler.head = request
     assert all(isinstance(key, bytes) for key in handler._given_keys())
     info = llmswap.find_model(body, request.get("content-type"), is_needed=False)
-    if info.is_json and body.is_complete:
+    if info.members and body.is_complete:
         llmswap.edited_json(info.members, ["y"], {"z": 1}, {"model": "other", "x": {}})
     data = bytes(body.held) + b"".join(body.rest())
     return request.method, request.target, request.headers, data
@@ -335,8 +335,7 @@ def fuzz_compare(data, served):
         except h11.RemoteProtocolError as error:
             fuzz_require(False, "h11 refuses", error, rest, data)
         ascii_target = "".join(min(char, "~") for char in target)
-        is_absolute = message[1][:4].lower() == "http"
-        is_alike = message[1].endswith(ascii_target.lstrip("/" * is_absolute))
+        is_alike = message[1] == ascii_target
         read = method, message[1] if is_alike else target, headers, body
         fuzz_require(message == read, "read otherwise", message, read, data)
 
@@ -361,7 +360,7 @@ def fuzz_parse_answer(dice):
     try:
         answer = llmswap.UpstreamResponse(reader, method)
         payload = b"".join(answer.pieces())
-    except llmswap.Truncated as problem:
+    except llmswap.BackendDied as problem:
         fuzz_require(data != sound, "refused", method, data, problem)
         return "refused"
     if answer.status == 101:

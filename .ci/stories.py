@@ -83,10 +83,10 @@ class Story:
     def _reload(self, now, *words):
         setting, _, changed = " ".join(words).partition(" changed ")
         specs, limits = setting_of(setting)
-        self.core.configure(limits, specs, changed.split(), llmswap.ModelNotFound)
+        self.core.configure(limits, specs, changed.split())
 
     def _soonest(self, now, name, _, *names):
-        assert self.core.choose(names) == name
+        assert self.core.choose(names).name == name
 
 
 def setting_of(text):

@@ -267,7 +267,7 @@ class Walk:
         ticket = self.core.submit(name, self.world.now, **kind)
         ticket.waiter = self._settled
         self.waiting[ticket.number] = ticket
-        self._keep_again(name)
+        self.released.discard(name)
         self.is_keep_loaded_paused = False
         if ticket.manual:
             self._forgive(name)
@@ -370,12 +370,6 @@ class Walk:
         self.failures[name], self.retry_at[name] = 0, -math.inf
         self.keep_loaded_at[name] = -math.inf
 
-    def _keep_again(self, name):
-        """It was unloaded by hand, and is asked for or reloaded since."""
-        if name in self.released:
-            self.released.discard(name)
-            self.keep_loaded_at[name] = -math.inf
-
     def _sleep_or_wake(self):
         """An unused backend falls asleep by itself, or one wakes."""
         for backend in self.world.backends.values():
@@ -412,7 +406,7 @@ class Walk:
 
     def _adopt(self, name):
         run = self.core.adopted(name, self.world.now)
-        self._keep_again(name)
+        self.released.discard(name)
         self._note(f"found {name}")
         self.world.backends[name] = backend = SimulatedBackend(name, run)
         self.world.after(self._seconds("load", name), self.world._come_up, backend, 0)
@@ -420,8 +414,9 @@ class Walk:
         self.newest[name] = run
 
     def _unload(self):
-        if self.core.models:
-            self._unload_one(self.rng.choice(sorted(self.core.models)))
+        names = sorted({*self.specs, *self.world.backends})
+        if names:
+            self._unload_one(self.rng.choice(names))
 
     def _unload_one(self, name):
         self._note(f"unload {name}")
@@ -468,7 +463,7 @@ class Walk:
 
     def _reload(self, limits, specs, changed):
         self._note(f"configure {limits} {specs} changed {changed}")
-        self.core.configure(limits, specs, changed, llmswap.ModelNotFound)
+        self.core.configure(limits, specs, changed)
         for name, backend in self.world.backends.items():
             if name in changed or name not in specs:
                 self.departing.add(backend)
@@ -478,8 +473,7 @@ class Walk:
         for name in set(changed) | set(self.specs) - set(specs):
             self._forgive(name)
         self.specs = specs
-        for name in [*self.released]:
-            self._keep_again(name)
+        self.released.clear()
         self._bound_all()
 
     def _has_changed(self, name, specs):
@@ -494,17 +488,10 @@ class Walk:
             self.is_closed = True
             self.core.close(llmswap.ShuttingDown("it ends"))
 
-    def _stop_all(self):
-        if self.is_closed:
-            self._note("stop all")
-            self.core.stop_all()
-            self.cut_at.update(dict.fromkeys(self.world.backends.values(), -math.inf))
-            self.departing.update(self.world.backends.values())
-
     _calm_events = [_submit] * 4 + [_withdraw] + [_pass_time] * 4
     _events = _calm_events * 3 + [
         _crash, _crash, _sleep_or_wake, _report_late, _find, _unload, _keep_alive,
-        _keep_alive, _unload_all, _configure, _close, _stop_all, _learn, _learn, _learn,
+        _keep_alive, _unload_all, _configure, _close, _learn, _learn, _learn,
         _starve, _starve, _starve,
     ]  # fmt: skip
 
