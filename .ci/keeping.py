@@ -66,9 +66,12 @@ class Keeping(Llmswap):
         """How often its servers were asked for this action on a slot."""
         return (self.place / "journal").read_text().count(f'"event": "{action}"')
 
-    def complaints(self):
-        """The lines of the log that say why a context is not there."""
-        return re.findall(r"a \| llmswap: (.*context.*)", self.log())
+    def complaints(self, least=0):
+        """The lines of the log that say why a context is not there; wait until there
+        are so many, as the log is written by a thread of its own."""
+        why = re.compile(r"a \| llmswap: (.*context.*)")
+        eventually(lambda: len(why.findall(self.log())) >= least)
+        return why.findall(self.log())
 
     def files(self, model="a"):
         """The files of saved contexts, without the manifest."""
