@@ -2656,7 +2656,7 @@ def test_a_line_written_at_every_check_does_not_make_checks_endless(
     count = lambda *words: probes.append(words) or probe(*words)  # noqa: E731
     monkeypatch.setattr(llmswap.Backend, "_probe", count)
     began = time.monotonic()
-    begin("--load", "0.4", "--lines", "4000").loaded()
+    begin("--load", "0.4", "--lines", "1000").loaded()
     most = (time.monotonic() - began) / 0.005  # the pause between two of them
     assert 2 < len(probes) <= most + 2
 
@@ -4426,7 +4426,7 @@ def test_tiny_chunks_cost_in_proportion_to_their_number():
     def decode(count):
         assert len(payload_of(b"1\r\nx\r\n" * count + b"0\r\n\r\n")) == count
 
-    assert seconds_of(lambda: decode(40000)) < 16 * seconds_of(lambda: decode(5000))
+    assert seconds_of(lambda: decode(20000)) < 16 * seconds_of(lambda: decode(2500))
 
 
 # ---- bodies
