@@ -212,6 +212,10 @@ if __name__ == "__main__":
 
     del sys.path[0]
     end = end_of(llmswap)
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write("[m]\ncmd = x ${PORT}\n")
+        file.flush()
+        llmswap.load_config(file.name)  # fills the cache of the module re
     gc.collect()
     gc.freeze()  # else each collection in a fork copies what it looks at
     order = serve(socket.socket(fileno=int(sys.argv[1])))
