@@ -331,11 +331,12 @@ def parse_resources(text, automatic=()) -> dict:
         return dict.fromkeys(automatic)
     amounts = {}
     for part in parse_words(text):
-        name, _, size = part.partition(" ")
-        if name in amounts:
-            raise ValueError(f"{name!r} is given twice")
+        match = re.fullmatch(r"(\S+)[ \t]+(.+)", part)
+        if not match or match[1] in amounts:
+            raise ValueError(f"{part!r} is not one resource and its size: vram 18G")
+        name, size = match.groups()
         is_auto = size == "auto" and name in automatic
-        amounts[name] = None if is_auto else parse_size(size.strip())
+        amounts[name] = None if is_auto else parse_size(size)
     return amounts
 
 
@@ -363,6 +364,7 @@ def parse_listen(text) -> tuple:
 def parse_object(text) -> dict:
     """Return a JSON object; an empty text is an empty one."""
     value = json.loads(text or "{}")  # its ValueError names line and column
+    json.dumps(value, allow_nan=False)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
@@ -974,9 +976,11 @@ class Model(NamedTuple):
 
 
 def folder_name(name) -> str:
-    """Return the model's name as it can be a file's: quoted as in a URL."""
+    """Return the model's name for files, or a hash if it cannot be one."""
     quoted = urllib.parse.quote(name, safe="", errors="surrogateescape")
-    return re.sub("^[.]", "%2E", quoted)
+    if quoted.startswith(".") or len(quoted) > 100:
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return quoted
 
 
 def has_source(settings) -> bool:
@@ -2229,8 +2233,9 @@ class Scheduler:
             is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
-            wanted = {model.name: model.usage_when_loaded()}
-            if is_wanted and is_missing and self._fits(wanted):
+            if not (is_wanted and is_missing):
+                continue
+            if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
@@ -3028,9 +3033,9 @@ class Backend:
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self._load_timeout
-        began = self._looked_at = time.monotonic()
+        self._began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
-        self._model_size = self._most_activity = 0
+        self._model_size, self._seen_activity = 0, set()
         while self._may_become_ready():
             asked_at = time.monotonic()
             left = self._progress_at + limit - asked_at
@@ -3048,7 +3053,7 @@ class Backend:
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
             time.sleep(max(0.0, asked_at + 0.005 - now))
-            self._wait(min(0.1, (now - began) / 100))  # or until it writes a line
+            self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
         return False
 
     def _look_at_load(self):
@@ -3065,8 +3070,9 @@ class Backend:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
         activity = memory + read >> 20  # a few pages are no progress
-        if activity > self._most_activity:
-            self._most_activity, self._progress_at = activity, self._looked_at
+        if activity not in self._seen_activity:
+            self._seen_activity.add(activity)
+            self._progress_at = self._looked_at
         before = self.progress
         self._model_size = self._model_size or sum(map(model_file_size, family))
         if self._model_size:
@@ -3118,7 +3124,10 @@ class Backend:
             probe = self._probe(HEALTH_TIMEOUT, ("GET", "/v1/models", ""))
             with contextlib.suppress(*MALFORMED):
                 row = json.loads(probe.body)["data"][0].items()
-                entry = {name: value for name, value in row if value is not None}
+                row = {name: value for name, value in row if value is not None}
+                parts = {**row.get("meta", {}), **row.get("architecture", {})}
+                set(parts.get("input_modalities", ()))  # raises if it is no list
+                entry = row
         self._listener.on_described(self, entry)
 
     # -- sleep
@@ -3200,6 +3209,7 @@ class ProcessBackend(Backend):
         cwd, output = model.settings.cwd or None, subprocess.STDOUT
         self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
         argv = self._command()
+        find_program(argv[0], environment, model.settings.cwd)
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
@@ -3273,6 +3283,10 @@ class ProcessBackend(Backend):
             self._listener.on_line(self, self.lines[-1])
 
     def _may_become_ready(self):
+        """A stranger on a fixed port may leave it; from a port of ours it does not."""
+        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
+        if is_early and self.upstream.port != self.port:
+            self._stranger = None
         return self._is_alive() and not self._stranger
 
     # -- stop
@@ -3467,9 +3481,10 @@ class ContextStore:
     def pop(self, folder: str) -> SavedContext:
         """Return what was saved there and forget it: it is used once. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, SavedContext())
-            self._update()
-            return saved
+            saved = self._saved.pop(folder, None)
+            if saved:
+                self._update()
+            return saved or SavedContext()
 
     def put(self, folder: str, context: SavedContext):
         """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
@@ -3497,7 +3512,7 @@ open_private = functools.partial(os.open, mode=0o600)  # by this user, if it is 
 
 def write_json(path: str, value):
     """Replace a file at once by one that only this user may read. Raise OSError."""
-    with open(f"{path}.new", "w", opener=open_private) as file:
+    with open(f"{path}.{os.getpid()}", "w", opener=open_private) as file:
         json.dump(value, file, indent=1)
     os.replace(file.name, path)
 
@@ -3673,9 +3688,11 @@ class LlamaServerBackend(ProcessBackend):
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
-        name = glob.escape(self._files + folder_name(self.model.name))
-        paths = glob.glob(f"{name}.[0-9]*.{'[0-9a-f]' * 8}")
-        discard(set(paths) - {path for _, path, _ in slots})
+        name = re.escape(self._files + folder_name(self.model.name))
+        is_ours = re.compile(rf"{name}\.\d+\.[0-9a-f]{{8}}").fullmatch
+        with contextlib.suppress(OSError):
+            paths = {each.path for each in os.scandir(self._files)}
+            discard(set(filter(is_ours, paths)) - {path for _, path, _ in slots})
 
     def _tell(self, kind, saved, began):
         tokens = sum(tokens for _, _, tokens in saved.slots)
@@ -3807,12 +3824,12 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self._load_timeout
+        limit, deadline = self._load_timeout, time.monotonic() + self._load_timeout
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
             status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
-            if status is None and not (text or self._is_stop_asked):
+            if status is None and time.monotonic() >= deadline:
                 raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
@@ -3830,7 +3847,8 @@ class UnitBackend(Backend):
     def _watch_unit(self, exited):
         """Wait until its main process ends or, without one, systemd says so."""
         while (fd := open_pidfd(self.pid or 0)) is None:
-            if exited.wait(UNIT_POLL) or not self._is_active():
+            interval = UNIT_POLL if self._is_ready else 1.0
+            if exited.wait(interval) or not self._is_active():
                 break
         if fd is not None:
             while not await_event(fd, select.POLLIN, MAX_WAIT):
@@ -4167,6 +4185,7 @@ class Needs:
             rows = {**self._saved, **rows}
             if rows == self._saved:
                 return
+            rows = {**self._read(), **rows}  # those of another llmswap, too
             self._saved = rows
             needs = {key: row._asdict() for key, row in rows.items()}
             try:
@@ -4962,11 +4981,12 @@ class Pool:
             Start: self._start,
             Stop: self._stop,
         }
-        decisions = True
-        while decisions:  # a start that fails at once may cause others
+        has_failed = True
+        while has_failed:  # a start that fails at once is an event of its own
+            has_failed = False
             decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                methods[type(decision)](*decision)
+                has_failed |= methods[type(decision)](*decision) is False
         self._revise()
         if deadline < self._timer_at:
             self._timer_at = deadline
@@ -4990,6 +5010,7 @@ class Pool:
                 self._schedule()
 
     def _start(self, name, run, is_wake):
+        """Start or wake a backend; return False if that failed at once."""
         self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
         if is_wake:
@@ -4999,6 +5020,7 @@ class Pool:
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, run, problem)
+            return False
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5532,7 +5554,8 @@ class Body:
     """
 
     model = None  # that it names, once `find_model` was called
-    members: Mapping[str, object] = {}  # of its JSON object
+    is_json = False  # a JSON object, with these members
+    members: Mapping[str, object] = {}
     span = (0, 0)  # of the bytes in which a form has the model
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
@@ -5540,12 +5563,14 @@ class Body:
         self._limit = limit
         self._pieces = read_payload(reader, request)
         self.length = request.length
-        self.coding = request.get("content-encoding").lower()
+        coding = request.get("content-encoding").lower()
+        self.coding = coding if self.length != 0 else ""
         if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
         self._check_size(self.length or 0)
-        self._expects = request.get("expect").lower() == "100-continue"
+        expected = request.get("expect").lower()
+        self._expects = expected == "100-continue" and not request.is_http_10
         self.held = bytearray()
         self.received = 0  # bytes of payload
         self.is_complete = self.length == 0
@@ -5573,7 +5598,7 @@ class Body:
         size, is_whole = SMALL_BODY, False
         while not is_whole and self.model is None:
             is_whole = self.hold(size) or not is_needed
-            self._search_form(content_type)
+            self._search_form(content_type, is_needed)
             size *= 4
 
     def _read_json(self, is_needed):
@@ -5583,18 +5608,23 @@ class Body:
         self.hold(sys.maxsize)
         try:
             members = _LENIENT.decode(str(self.held, "utf-8-sig"))
-            model = members.get("model")
+            if not isinstance(members, dict):
+                raise ValueError("it is another JSON value")
         except MALFORMED as error:
             if is_needed:
                 raise BadRequest(f"the body is not a JSON object: {error}") from None
             return
-        self.members, self.model = members, model if isinstance(model, str) else None
+        model = members.get("model")
+        self.model = model if isinstance(model, str) else None
+        self.is_json, self.members = True, members
 
-    def _search_form(self, content_type):
+    def _search_form(self, content_type, is_needed):
         """Find the part named `model` among those that are whole."""
         boundary = _BOUNDARY.search(content_type)
         if not boundary:
-            raise BadRequest("multipart/form-data without a boundary")
+            if is_needed:
+                raise BadRequest("multipart/form-data without a boundary")
+            return
         delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
         part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
         for match in part.finditer(self.held):
@@ -6020,7 +6050,7 @@ def _pass_on_as_event(answer, response):
                 break
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
-    problem.status = max(400, answer.status)  # as it is counted
+    problem.status = answer.status if answer.status >= 400 else 502  # as it is counted
     body = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
@@ -6064,7 +6094,9 @@ MAX_DEPTH = 400  # json itself stops near 1000
 MAX_OBJECTS = 32  # tried in one text
 CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 
-_ESCAPE = re.compile(r"(\\(?:u[\da-fA-F]{4}|[\"\\/nrt]))|\\(['`])|[\"\\]")
+_ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
+_ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
+_DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
 _WORDS = dict.fromkeys("null none nil undefined nan inf infinity".split())
 _WORDS.update(true=True, false=False)
 
@@ -6085,8 +6117,10 @@ def _scalar(text, is_cut=False):
 
 def _unescaped(raw):
     """Return the string that is meant by `raw`, the text between quotes. A backslash
-    that begins no escape stands for itself, as in the regular expression \\bx."""
-    text = _ESCAPE.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
+    that begins no escape stands for itself, as in the regular expression \\bx and
+    the path C:\\new."""
+    escape = _ESCAPE_IN_PATH if _DRIVE.search(raw) else _ESCAPE
+    text = escape.sub(lambda match: match[1] or match[2] or "\\" + match[0], raw)
     return json.loads(f'"{text}"', strict=False)
 
 
@@ -6569,7 +6603,7 @@ def usage_in(excerpt: bytes) -> Usage:
     Of two values the last counts, and `usage` before llama-server's `timings`.
     """
     numbers = {
-        name.decode(): int(text) if text.isdigit() else float(text)
+        name.decode(): float(text) if name.endswith(b"second") else int(float(text))
         for name, text in _USAGE.findall(excerpt)
     }
     if "input_tokens" in numbers:  # Anthropic counts without those in the cache
@@ -6835,8 +6869,10 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
   .rest .state { grid-column: 2 / -1; text-align: left; }
-  .rest [data-do=log] { display: none; }
   h3 small { display: block; margin: 0; }
+}
+@media (max-width: 620px) {
+  .rest [data-do=log] { display: none; }
 }
 """
 
@@ -7464,6 +7500,10 @@ MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are re
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
+OLLAMA_PATH = re.compile(
+    "/api/(tags|chat|generate|show|ps|version|embed|embeddings|pull|push|create|copy"
+    "|delete)/?"
+)
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
@@ -7596,6 +7636,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = Request(raw)
         path = self.head.path.rstrip("/")
         if path in ROUTES:  # with or without a slash
+            self.head.target = path + self.head.target[len(self.head.path) :]
             self.head.path = path
         self.response = ClientResponse(self.request, self.head, self._cors_headers())
         self.response.is_for_anthropic = self.head.path.endswith("/v1/messages")
@@ -7617,7 +7658,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         speed = speed_of(self.usage, seconds - (self.waited or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
         amounts = {name: getattr(self.usage, name) for name in names}
-        if has_failed and self.head is not None:
+        if self.head is not None and status >= 400 and status != 499:
             self.row = self.row or self._new_row()
         if self.row:
             self.row.update(
@@ -7764,7 +7805,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scheme, _, rest = value.partition(" ")
             if scheme.lower() == "bearer":
                 yield rest.strip().encode("latin-1")
-            elif scheme.lower() == "basic" and not self._is_from_foreign_page():
+            elif scheme.lower() != "basic":
+                yield value.encode("latin-1")
+            elif not self._is_from_foreign_page():
                 with contextlib.suppress(ValueError):
                     yield base64.b64decode(rest).partition(b":")[2]
 
@@ -7794,14 +7837,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
         for prefix, methods, action in PREFIXES:
-            if f"{path}/".startswith(prefix) and (not methods or method in methods):
+            if path.startswith(prefix) and (not methods or method in methods):
                 self.body.hold(SMALL_BODY if methods else 0)
                 rest = path[len(prefix) :]
                 return action(self, rest.rstrip("/") if methods else rest)
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
+        url = f"http://{self.head.get('host')}/v1"
+        if OLLAMA_PATH.fullmatch(path):
+            text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
+            raise NotFound(f"{text}: use an OpenAI provider with the base URL {url}")
         if path.startswith("/v1/v1/"):
-            url = f"http://{self.head.get('host')}/v1"
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
         self.route_by_model()
 
@@ -7974,7 +8020,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
 
-    def get_log_stream(self, name):
+    def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(percent_decoded(name)))
@@ -8123,7 +8169,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         defaults, overrides = settings.default_params, settings.set_params
         if settings.model_name:
             overrides = {**overrides, "model": settings.model_name}
-        if body.members and (removed or defaults or overrides):
+        if body.is_json and (removed or defaults or overrides):
             try:
                 body.held = edited_json(body.members, removed, defaults, overrides)
             except RecursionError:
@@ -8176,10 +8222,12 @@ ROUTES = {
     "/running": {"GET": Handler.get_running},
     "/api/requests": {"GET": Handler.get_requests},
     "/unload": {"GET": Handler.unload, "POST": Handler.unload},
+    "/api/models/unload": {"POST": Handler.unload},
     "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
     "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
     "/logs": {"GET": Handler.get_logs},
+    "/logs/stream": {"GET": Handler.get_log_stream},
 }
 PREFIXES = (  # path, methods (all if there are none), action
     ("/upstream/", (), Handler.route_upstream),
@@ -8204,7 +8252,6 @@ def percent_decoded(text: str) -> str:
     """Return a part of a target without percent encoding, read as UTF-8."""
     raw = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
     return raw.decode("utf-8", "replace")
-
 
 
 def _idle_timeout_in(members):
@@ -8565,7 +8612,7 @@ def _joined(host, port):
 def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
     """Return the listening sockets that systemd passed to this process."""
     is_ours = environ.get("LISTEN_PID") == str(os.getpid())
-    count = int(environ.get("LISTEN_FDS", 0)) if is_ours else 0
+    count = int(environ.get("LISTEN_FDS") or 0) if is_ours else 0
     return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
 
 
@@ -8950,6 +8997,7 @@ class Application:
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
+        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
@@ -8991,7 +9039,7 @@ class Application:
         already. Raise OSError if an address cannot be used."""
         listeners = passed_listeners(os.environ)
         self._is_activated = bool(listeners)
-        if "LISTEN_FDS" in os.environ and not listeners:
+        if os.environ.get("LISTEN_FDS") and not listeners:
             text = "systemd passed its sockets to another process: start llmswap "
             print(f"{text}without a shell around it, or with exec", file=sys.stderr)
         for address in () if listeners else self._config.settings.listen:
@@ -9002,7 +9050,8 @@ class Application:
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
                     print(f"llmswap answers at {shown} already", file=sys.stderr)
                     return []
-                raise OSError(f"cannot listen on {shown}: {error}") from None
+                reason = error.strerror or error
+                raise OSError(f"cannot listen on {shown}: {reason}") from None
         return listeners
 
     def _log_models(self, config):
@@ -9042,8 +9091,6 @@ class Application:
 
     def _take_over(self, config):
         self._config = config
-        level = "debug" if self._args.verbose else config.settings.log_level
-        self.log.set_level(level)
         self.log("info", f"models: {', '.join(config.models) or 'none'}")
         for warning in config.warnings:
             self.log("warning", warning)
@@ -9077,6 +9124,8 @@ class Application:
             self.config_error = None
             if config.settings.listen != self._config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
+            if not self._args.verbose:
+                self.log.set_level(config.settings.log_level)
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
