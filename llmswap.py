@@ -4112,7 +4112,11 @@ class Needs:
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._saved = self._read()
+        self._saved = {}
+        try:
+            self._saved = self._read()
+        except OSError as error:
+            log("warning", f"{self._path} cannot be read: {error}")
         self._known = dict(self._saved)
         self._saving = threading.Lock()
 
@@ -4185,17 +4189,17 @@ class Needs:
             rows = {**self._saved, **rows}
             if rows == self._saved:
                 return
-            rows = {**self._read(), **rows}  # those of another llmswap, too
             self._saved = rows
-            needs = {key: row._asdict() for key, row in rows.items()}
             try:
+                rows = {**self._read(), **rows}  # those of another llmswap, too
+                needs = {key: row._asdict() for key, row in rows.items()}
                 os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
                 write_json(self._path, {"version": 1, "needs": needs})
             except OSError as error:
                 self._log("warning", f"{self._path} could not be written: {error}")
 
     def _read(self):
-        """Return what the file holds; nothing if it cannot be read."""
+        """Return what the file holds; a malformed one is set aside. Raise OSError."""
         rows = {}
         try:
             with open(self._path, encoding="utf-8") as file:
@@ -4207,8 +4211,11 @@ class Needs:
                 rows[key] = Known(**{**row, "amounts": amounts})
         except FileNotFoundError:
             pass
-        except (OSError, *MALFORMED) as error:
-            self._log("warning", f"{self._path} cannot be read: {error}")
+        except MALFORMED as error:
+            text = f"{self._path} cannot be read and is set aside: {error}"
+            self._log("warning", text)
+            with contextlib.suppress(OSError):
+                os.replace(self._path, f"{self._path}.broken")
         return rows
 
 

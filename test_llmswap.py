@@ -922,11 +922,12 @@ OPTIONS = llmswap.parse_help(HELP)
     ("alias", {"a, b,,a , c": ("a", "b", "c")}, []),
     ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}},
      ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
+    ("needs", {"vram\t18G,ram  4": {"vram": 18 * 2**30, "ram": 4}}, []),
     ("budget", {"auto": {"vram": None, "ram": None}, "vram auto, gpu 1": {
         "vram": None, "gpu": 1}}, ["gpu0 auto", "auto, ram 4G", "vram auto, vram 4G"]),
     ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}, []),
     ("set-params", {'{"a": {"b": 1}}': {"a": {"b": 1}}, "": {}},
-     ["[1]", "1", "{", "{'a': 1}", "null"]),
+     ["[1]", "1", "{", '{"a": NaN}', "{'a': 1}", "null"]),
     ("listen",
      {"127.0.0.1:8080": (("127.0.0.1", 8080),), "box.lan:0": (("box.lan", 0),),
       "[::1]:80, unix:/run/a.sock": (("::1", 80), "/run/a.sock")},
@@ -3291,6 +3292,12 @@ def test_a_new_key_counts_on_open_connections():
         assert answers == [401, 200, 401, 200]
 
 
+def test_a_log_level_holds_from_the_first_line():
+    with Llmswap("[llmswap]\nlog-level = error\n[a]\ncmd = FAKE\n") as server:
+        assert server.chat("a").status == 200
+        assert "llmswap 1.0 at" not in server.log()
+
+
 @pytest.mark.parametrize("args", [(), ("--verbose",)])
 def test_a_reload_sets_the_log_level_unless_verbose_does(args):
     with Llmswap("[a]\ncmd = FAKE\n", *args) as server:
@@ -3392,7 +3399,7 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
-            (f"127.0.0.1:{other.port}", 1, "cannot listen on http://{}/: [Errno "),
+            (f"127.0.0.1:{other.port}", 1, "cannot listen on http://{}/: Address "),
             (f"unix:{place}", 0, "llmswap answers at {} already"),
         ):
             done = run_llmswap(*words, listen)
@@ -4965,6 +4972,9 @@ def test_requests_are_edited_as_the_file_says(swap, given, expected):
     sent = json.loads(swap.post("/v1/x", {"model": "edited", **given}).json()["body"])
     assert {name: sent[name] for name in expected} == expected
     assert not {"top_k", "keep_alive", "ttl"} & set(sent)
+    assert swap.post("/v1/x?model=shared", {}).json()["body"] == '{"seed":7}'
+    data, other = b"--x", {"Content-Type": "multipart/form-data"}
+    assert swap.post("/v1/x?model=a", data, other).json()["body"] == "--x"
 
 
 def test_a_body_without_edits_is_forwarded_byte_for_byte(swap):
@@ -5257,10 +5267,14 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
         assert answer.status == other.status == 200
         assert answer.headers["server"] == "llmswap (llama.cpp)"
     assert swap.get("/v1/models/b/").json()["id"] == "b"
-    for method, body in (("GET", None), ("POST", {"model": "a"})):
-        answer = swap.ask(method, "/v1/v1/models", body)
-        assert answer.status == 404 and "/v1 twice" in answer.message()
-        assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+    twice, ollama = "/v1 twice", "OpenAI-compatible"
+    for path, words in (
+        ("/v1/v1/models", twice), ("/api/tags", ollama), ("/api/version/", ollama),
+    ):  # fmt: skip
+        for answer in (swap.get(path), swap.post(path, {"model": "a"})):
+            assert answer.status == 404 and words in answer.message()
+            assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
+    assert swap.get("/slots/?model=a").status == swap.get("/slots?model=a").status
 
 
 def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
@@ -5515,7 +5529,7 @@ def basic(password):
 # are those of ACCESS_WORDS.
 CORS_AND_KEY_RULES = """
 GET /v1/models -> 200
-    Authorization: bearer  s3cret | x-api-key: s3cret
+    Authorization: bearer  s3cret | Authorization: s3cret | x-api-key: s3cret
     Authorization: {basic_umlaut} | Authorization: Bearer {umlaut}
     Authorization: Bearer no & x-api-key: s3cret
     {own} & {key} & {site} same-site & {mode} no-cors
@@ -5524,7 +5538,6 @@ GET /v1/models -> 200
     {key} & Origin: https://evil.example
 GET /v1/models -> 401
     | Authorization: Bearer s3cre | Authorization: Basic s3cret | x-api-key: \u00e4
-    Authorization: s3cret
     Authorization: {basic_wrong} | {own} & {stored} & Origin: https://evil.example
     {own} & {stored} & {site} same-site & {mode} no-cors
 GET /v1/models -> 401 cors
@@ -6156,6 +6169,7 @@ MEANT = r"""
 {"u": http://x.com/a?b=1,2#f, "n": 2} ⇒ {"u": "http://x.com/a?b=1,2#f", "n": 2}
 {"a": ["-c", "print("a", "b")"]} ⇒ {"a": ["-c", "print(\"a\", \"b\")"]}
 {"a": "if x == "y":␤  pass", "b": 1} ⇒ {"a": "if x == \"y\":\n  pass", "b": 1}
+{"a": "C:\temp\new", n: 1} ⇒ {"a": "C:\\temp\\new", "n": 1}
 {"a": "C:\dir\"} ⇒ {"a": "C:\\dir\\"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
@@ -6760,12 +6774,15 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
     assert stream.status == 200 and "status 3" in last["error"]["message"]
 
 
-@pytest.mark.parametrize("delay", [0, 9])
-def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, delay):
+@pytest.mark.parametrize("flags, meta", [
+    (("--list-delay", 0), {"n_ctx": 256}), (("--list-delay", 9), {}),
+    (("--meta", "[1]"), {}),
+])  # fmt: skip
+def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, flags, meta):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    text = f"[llmswap]\nllama-server = {fake_binary(tmp_path, '--list-delay', delay)}\n"
+    text = f"[llmswap]\nllama-server = {fake_binary(tmp_path, *flags)}\n"
     with Llmswap(f"{text}[a]\nmodel = {tmp_path}/x.gguf\nalias = b, c\n") as server:
-        began, meta = time.monotonic(), {} if delay else {"n_ctx": 256}
+        began = time.monotonic()
         assert server.get("/v1/models/a").json()["meta"] == {}
         assert server.get("/upstream/a/").status == 200  # the list holds up nothing
         eventually(lambda: server.get("/v1/models/a").json()["meta"] == meta)
@@ -8538,15 +8555,15 @@ def test_a_peak_is_learned_unless_it_was_squeezed(
     assert origin == ("measured" if then else source)
 
 
-def test_what_is_known_is_kept_by_command(tmp_path):
+def test_what_is_known_is_kept_by_command_and_shared(tmp_path):
     folder = tmp_path / "state"
     one, two = auto_model(tmp_path, "one"), auto_model(tmp_path, "two")
-    needs = llmswap.Needs(str(folder), print)
-    assert needs.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
-    for model in (one, two):
+    first, second = (llmswap.Needs(str(folder), print) for _ in range(2))
+    assert first.of(one, BUDGET) == (BUDGET, "not known yet")  # all of it
+    for needs, model in ((first, one), (second, two)):
         assert needs.learn(model, {"vram": GB, "ram": GB}, False, False)
         needs.save()
-    assert not needs.learn(one, {"vram": GB}, False, False)
+    assert not first.learn(one, {"vram": GB}, False, False)
     fresh = llmswap.Needs(str(folder), print)
     for model in (one, two):
         assert fresh.of(model, BUDGET)[0]["vram"] == int(GB * 1.05)
@@ -8567,7 +8584,7 @@ BROKEN_NEEDS = [
 ]  # fmt: skip
 
 
-def test_a_file_of_needs_that_is_broken_or_lost_is_a_warning(tmp_path):
+def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
     path, model, log = tmp_path / "needs.json", auto_model(tmp_path), []
     for text in (*BROKEN_NEEDS, None):
         folder = tmp_path if text is not None else "/proc/nowhere"
@@ -8579,13 +8596,15 @@ def test_a_file_of_needs_that_is_broken_or_lost_is_a_warning(tmp_path):
         assert level == "warning"
         log.clear()
         if text is not None:
-            assert "cannot be read: " in message
+            assert "cannot be read and is set aside: " in message
+            aside = tmp_path / "needs.json.broken"
+            assert aside.read_text(encoding="latin-1") == text
             assert len(json.loads(path.read_text())["needs"]) == 1
-    path.unlink(), path.mkdir()
+    path.unlink(), aside.unlink(), path.mkdir()  # it cannot be read, whole as it is
     needs = llmswap.Needs(str(tmp_path), lambda *line: log.append(line))
     needs.learn(model, {"ram": GB}, False, False)
     needs.save()
-    assert len(log) == 2 and path.is_dir()
+    assert len(log) == 2 and path.is_dir() and not aside.exists()
 
 
 FIT_HELP = """\
@@ -9143,12 +9162,12 @@ def test_saved_contexts_stay_below_a_limit_and_go_with_their_model(tmp_path):
 def test_a_folder_of_the_presets_own_is_used_with_care(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    names = {"notes", "a.0.mine", "other.0.0123abcd"}
+    names = {"notes", "a.0.mine", "other.0.0123abcd", "a.1.0.0123abcd"}
     for name in {*names, "a.0.0123abcd"}:  # the last: left by a killed llmswap
         (own / name).write_text("x")
     with Keeping(tmp_path, f"slot-save-path = {own}/") as server:
         server.tell_and_swap()
-        eventually(lambda: len(os.listdir(own)) == 4)
+        eventually(lambda: len(os.listdir(own)) == 5)
         assert names < {*os.listdir(own)} and "a.0.0123abcd" not in os.listdir(own)
         server.restart()
         assert server.tell_and_swap() == 3000
@@ -9162,6 +9181,13 @@ def test_without_a_state_directory_models_run_as_without_contexts(tmp_path):
         server.tell_and_swap()
         assert server.tell() == server.actions("list") == 0
         assert "cannot be kept" in server.complaints(1)[0]
+
+
+def test_a_manifest_that_cannot_be_written_keeps_no_model_from_its_start(tmp_path):
+    (tmp_path / "state/context/manifest.json").mkdir(parents=True)
+    with Keeping(tmp_path) as server:
+        server.tell_and_swap()
+        assert server.tell() == 0
 
 
 def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):

@@ -34,6 +34,7 @@ FLAGS = {  # name: default, and what it does
     "close-idle": (False, "close connections after each answer, without a word"),
     "no-health": (False, "404 on /health"),
     "list-delay": (0.0, "seconds until the answer to GET /v1/models"),
+    "meta": ('{"n_ctx": 256}', "`meta` in that answer, as JSON"),
     "sleepable": (False, "POST /sleep, POST /wake_up, GET /is_sleeping, as vLLM"),
     "wake-fails": (False, "POST /wake_up is answered with 500"),
     "slot-save-path": ("", "save and restore slots there, and list them"),
@@ -652,7 +653,7 @@ def answer_models(request):
     """The list of its one model."""
     request.hold(request.server.flags.list_delay)
     model = {"id": request.server.flags.model, "object": "model", "aliases": []}
-    model.update({"tags": ["x"], "meta": {"n_ctx": 256}, "owned_by": "llamacpp"})
+    model.update({"tags": ["x"], "meta": loads(request.server.flags.meta), "owned_by": "llamacpp"})
     request.reply({"object": "list", "data": [model]})
 
 
