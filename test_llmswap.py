@@ -2,7 +2,7 @@
 """The tests of llmswap, with a client for them.
 
     python3 -m pytest test_llmswap.py      the tests; see .ci/run for what more they use
-    pytest -n 4 --dist worksteal ...       the same by four workers of pytest-xdist
+    pytest -n 6 --dist worksteal ...       the same by six workers of pytest-xdist
     python3 .ci/fake.py --port N           the fake model server that they spawn
     python3 test_llmswap.py bench          the benchmark; see bench --help
     python3 test_llmswap.py soak           random clients, kills and reloads
