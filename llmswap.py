@@ -280,7 +280,7 @@ parse_score = pattern(
 )
 parse_url = pattern(
     "a URL such as http://127.0.0.1:8000",
-    rf"https?://{HOST}(?::(?!0)(?:{PORT}))?(?:/[^\s?#]*)?",
+    rf"https?://{HOST}(?::(?!0)(?:{PORT}))?(?:/[^\s?#]*)?",  # but not port 0
 )
 parse_host_port = pattern(
     "an address such as 127.0.0.1:8080 or [::1]:8080",
@@ -325,8 +325,8 @@ parse_capabilities = each(pattern(  # True by name; of `context`, the tokens
 
 
 def parse_resources(text, automatic=()) -> dict:
-    """Return amounts by resource: "vram 18G, ram 4G". Those that may be automatic are
-    None for "vram auto", all of them for "auto"."""
+    """Return amounts by resource: "vram 18G, ram 4G". Of the `automatic` ones, the
+    amount `auto` is None, and "auto" alone makes all of them None."""
     if text == "auto" and automatic:
         return dict.fromkeys(automatic)
     amounts = {}
@@ -357,7 +357,7 @@ def parse_listen(text) -> tuple:
     return tuple(
         os.path.expanduser(part[len("unix:") :])
         if re.match("unix:.", part) else parse_host_port(part)
-        for part in parse_words(text) or [""]
+        for part in parse_words(text) or [""]  # which is refused as an address
     )
 
 
@@ -696,7 +696,7 @@ def read_setting(key, setting, macros, variables, warn):
     text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
     `warn` is called for words of a command that only a shell understands."""
     text = setting.text
-    for _ in range(10):  # so deep may macros use macros
+    for _ in range(10):  # macros may use macros this deep
         text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
     late = LATE_VARIABLES.get(key.name, {})
     try:
@@ -2412,7 +2412,7 @@ def process_name(pid: int) -> str:
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
-    """Return the name of a process outside the child's group that has a listener.
+    """Return the name of a process outside the child's session that has a listener.
 
     `may_hide`: the listener may belong to another process (a container engine) if it
     cannot be seen or is not older than the child. If not even the child's own sockets
@@ -3507,7 +3507,7 @@ def _saved_context(command, speed, size, slots):
     return SavedContext(str(command), max(1.0, float(speed)), int(size), slots)
 
 
-open_private = functools.partial(os.open, mode=0o600)  # by this user, if it is new
+open_private = functools.partial(os.open, mode=0o600)  # a new file is this user's only
 
 
 def write_json(path: str, value):
@@ -3801,8 +3801,8 @@ def systemctl(unit: str, verb: str, *options: str) -> List[str]:
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
-    """Return those of the units that run, soon once `gives_up()`; takes seconds for
-    each if systemd hangs."""
+    """Return those of the units that run. It takes seconds for each if systemd hangs,
+    but ends soon once gives_up() is true."""
 
     def state(unit):
         return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
@@ -4105,8 +4105,9 @@ class Known(NamedTuple):
 class Needs:
     """What models need where that is not written. Any thread may call.
 
-    It is kept by command in `needs.json`; what was raised because memory ran out only
-    until the end. `log(level, text)` must not block. Only `estimate` and `save` do.
+    They are kept by command in `needs.json`, except for those that were raised because
+    memory ran out: a restart forgets them. `log(level, text)` must not block; only
+    `estimate` and `save` do.
     """
 
     def __init__(self, directory: str, log):
@@ -4131,7 +4132,8 @@ class Needs:
         return {name: amounts[name] for name in budget}, known.source
 
     def estimate(self, model: Model, budget: Mapping[str, int]) -> bool:
-        """Estimate the needs if none are known; return whether it did. Takes 20 s."""
+        """Estimate the needs if none are known, which may take 20 s; return whether it
+        did."""
         key, source = _command_key(model), "llama-fit-params"
         if not model.has_auto_needs or key in self._known:
             return False
@@ -4508,7 +4510,7 @@ class Pool:
         self._stop_reasons = {}  # by model, of its last stop
         self._revision = 0  # counts the changes of status and metrics
         self._lock = threading.Lock()
-        self._timer = threading.Condition(self._lock)  # its moment came nearer
+        self._timer = threading.Condition(self._lock)  # `_timer_at` came nearer
         self._changed = threading.Condition(self._lock)  # a new revision
         self._timer_at = math.inf  # when the timer decides again
         self._needs = Needs(config.settings.state_dir, log)
@@ -4764,8 +4766,8 @@ class Pool:
             interval = MEASURE_INTERVAL if self._measure() else None
 
     def _measure(self):
-        """Measure the memory of the loaded backends with `auto` needs, and learn these;
-        False if there are none."""
+        """Measure the memory of the loaded backends with `auto` needs, and learn from
+        it what they need; return False if there are none."""
         with self._lock:
             held = [*self._scheduler.held.values()]
             loaded = [self._backends[e.name] for e in held if e.state is State.LOADED]
@@ -5125,7 +5127,7 @@ class Pool:
         self._needs.save()
         is_unit = backend.model.kind == "unit" and not self._is_closed
         if is_unit and problem is None and backend.died(0):
-            start_thread(self._adopt_units, "units")  # if somebody restarted it
+            start_thread(self._adopt_units, "units")  # it may have been restarted
 
     def _record_exit(self, name, run, problem):
         """A backend has exited, or could not be started. The lock is held."""
@@ -5374,7 +5376,7 @@ class SocketReader:
                 return lines + blank_line
             if _ILLEGAL_IN_HEAD.search(data, searched):
                 text = "this is not HTTP/1 in lines that end with CRLF"
-                raise BadRequest(f"{text}; use http://, not https://")
+                raise BadRequest(f"{text}; is it TLS (https://)?")
             self.on_timeout()  # limits a head that is sent byte by byte, too
 
 
@@ -5891,9 +5893,12 @@ class ClientResponse:
         return b"event: error\n" + as_event({"type": "error", **body})
 
     def abort(self, problem: APIError, body: Optional[dict] = None):
-        """End a response that broke off so that the client notices: between two events
-        by an event, `body` or the problem's, and then by a cut, or without a length or
-        chunks by a reset. After an early head alone it ends as a whole one does."""
+        """End a response that broke off so that the client notices.
+
+        Between two events it gets one more, with `body` or the problem. Then the
+        connection is closed before the end of the response, by a reset if that has
+        neither a length nor chunks. After an early head alone, it ends as usual.
+        """
         self.problem = problem
         has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
@@ -5940,7 +5945,7 @@ def relay(
     """
     upstream, path = backend.upstream, outgoing.target.partition("?")[0]
     if upstream.base_path and ".." in urllib.parse.unquote(path):
-        raise BadRequest("a path below the model server's own must not contain '..'")
+        raise BadRequest("a path below the server's base path must not contain '..'")
     monitor = StallMonitor(STALL_CHECK_AFTER, backend.report_stall, response.heartbeat)
     try:
         answer = _ask(outgoing, upstream, monitor)
@@ -6036,7 +6041,7 @@ def _pass_on(answer, backend, response, transform):
         if answer.ends_with_connection and (is_partial or backend.died(0.05)):
             raise BackendDied("the backend broke off: the connection ended early")
     except BackendDied as error:
-        problem = error.with_traceback(None)  # its frames would keep this one
+        problem = error.with_traceback(None)  # which would keep this frame alive
     if transform:
         response.send(transform.finish())
     if problem:
@@ -6385,9 +6390,9 @@ _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 
 def _calls_in(payload):
-    """Return [(key, object, name)] of the tool calls: object[name] is the text of the
-    arguments or a fragment, the key (choice, tool) or, of Anthropic, (None, block); and
-    {choice: finish reason} of the choices that end."""
+    """Return [(key, object, name)] of the tool calls, and {choice: finish reason} of
+    the choices that end. object[name] is the text of the arguments or a fragment. The
+    key is (choice, tool); of Anthropic it is (None, block), and the choice None."""
     calls, ends = [], {}
     for position, choice in enumerate(payload.get("choices") or ()):
         index = choice.get("index", position)
@@ -6589,7 +6594,6 @@ class Usage(NamedTuple):
     prompt_speed: Optional[float] = None  # of those in, per second
 
 
-# The text that a model writes cannot match: quotes in it are escaped.
 _USAGE_NAMES = (  # of each field of Usage
     ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
     ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
@@ -6597,6 +6601,7 @@ _USAGE_NAMES = (  # of each field of Usage
     ("cached_tokens", "cache_read_input_tokens", "cache_n"),
     ("prompt_per_second",),
 )
+# The text that a model writes cannot match: quotes in it are escaped.
 _USAGE = re.compile(
     rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
     % "|".join(sum(_USAGE_NAMES, ())).encode()
@@ -6635,9 +6640,9 @@ def speed_of(usage: Usage, seconds: float) -> Optional[float]:
 # -- Prometheus ------------------------------------------------------------------------
 
 METRICS_TYPE = ("content-type", "text/plain; version=0.0.4; charset=utf-8")
-# Kind; source in Metrics or _gauges(); metric, to which llmswap_ is prefixed unless it
-# begins with process_; help; labels. Without labels, a source of one number has none,
-# all others have `model`.
+# Kind; source, as in `cells` of metrics_text(); metric, to which llmswap_ is prefixed
+# unless it begins with process_; help; labels. Without labels, a source of one number
+# has none, all others have `model`.
 METRICS = (
     ("gauge", "build", "build_info", "Version of llmswap.", "version", "python"),
     ("gauge", "born", "process_start_time_seconds", "Unix time of the start."),
@@ -7496,7 +7501,7 @@ REQUEST_FIELDS = (
 VIA_NAME = f"llmswap-{os.urandom(8).hex()}"  # ours in Via, by which loops are detected
 IDLE_SECONDS = 75.0  # for the next request on a connection; as nginx
 LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
-TEXT_LIMIT = 500  # characters of a name or another text of a client; the rest is cut
+TEXT_LIMIT = 500  # characters of a text from a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
@@ -8049,7 +8054,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         backend = self.pool.backend_of(model, *states)
         if backend is None:
             raise BadRequest("model is not loaded")
-        self._edit_body()
+        self._edit_body()  # raises LoopDetected
         self._relay(self.head.target, backend)
 
     def _check_use(self, refusal):
@@ -8521,7 +8526,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.log("error", f"bug in llmswap:\n{traceback.format_exc()}")
 
     def await_next_request(self, connection: socket.socket) -> bool:
-        """Return whether a request begins within IDLE_SECONDS, and before `stop`."""
+        """Return whether a request begins within IDLE_SECONDS; `stop` ends the wait."""
         self._idle_connections.add(connection)
         self._active_at = time.monotonic()
         is_open = not self.is_closing
@@ -8535,8 +8540,8 @@ class Server(http.server.ThreadingHTTPServer):
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
-        """Accept no more and return True, unless a client is connected. Later ones wait
-        in the backlog of the sockets, which systemd keeps."""
+        """Accept no more and return True, unless a connection is busy or waits to be
+        accepted. Later ones wait in the backlog of the sockets, which systemd keeps."""
         with self._accepting:
             pending = select.select(self.sockets, [], [], 0)[0]
             self.is_closing = self.inactive_since() is not None and not pending
@@ -9213,7 +9218,7 @@ class Application:
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         self._received.add(0)
-        with contextlib.suppress(BlockingIOError):  # full of signals, it does so, too
+        with contextlib.suppress(BlockingIOError):  # if it is full, that wakes it, too
             self._wakeup.send(b"\0")  # wakes `_next_signal`
 
 
@@ -9223,7 +9228,7 @@ if __name__ == "__main__":
         print(end="", flush=True)
     except KeyboardInterrupt:
         exit_status = 130
-    except OSError as error:  # of standard output, if it is closed or its disk is full
+    except OSError as error:  # of an address, or of standard output
         exit_status = 1
         if error.errno != errno.EPIPE:
             print(f"llmswap: {error}", file=sys.stderr)
