@@ -1080,21 +1080,21 @@ class ModelBuilder:
                 yield setting.place, f"cannot stand beside {kind}"
             elif name in launch_keys:
                 self._warn(f"{setting.place}: without effect beside {kind}")
-        place = own["proxy"].place if "proxy" in own else here
+        proxy_place = own["proxy"].place if "proxy" in own else here
         has_port = needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
         if kind == "llama-server" and not any(map(has_source, self._layers)):
             yield here, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
-            yield place, "the proxy of a llama-server needs ${PORT}"
+            yield proxy_place, "the proxy of a llama-server needs ${PORT}"
         if kind == "cmd" and has_port and not any(map(needs_port, texts)):
             yield own["cmd"].place, "without ${PORT} it needs proxy = URL"
         if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
             yield own[kind].place, "it must not be empty"
         if kind in ("unit", "remote") and has_port:
-            yield place, "it needs proxy = URL, without ${PORT}"
+            yield proxy_place, "it needs proxy = URL, without ${PORT}"
         if settings.proxy.rstrip("/").endswith("/v1"):
-            self._warn(f"{place}: what clients ask for begins with /v1 already")
+            self._warn(f"{proxy_place}: what clients ask for begins with /v1 already")
         if bool(settings.sleep) != bool(settings.wake):
             yield here, "sleep and wake need each other"
 
@@ -2408,7 +2408,8 @@ def group_members(group: Optional[int]) -> Set[int]:
 
 def process_name(pid: int) -> str:
     """Return the number and the name of a process, for people."""
-    return f"process {pid} ({read_text_or_empty(f'/proc/{pid}/comm').strip() or '?'})"
+    name = read_text_or_empty(f"/proc/{pid}/comm").strip() or "?"
+    return f"process {pid} ({name})"
 
 
 def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[str]:
@@ -2685,13 +2686,14 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     environment = {**runtime, **clean_environment({})}
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
-    guard, deadline, output = Guard.current or Guard(), time.monotonic() + timeout, None
+    guard, deadline = Guard.current or Guard(), time.monotonic() + timeout
     try:
         guard.start()
         process = subprocess.Popen(argv, start_new_session=True, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     guard.watch(process.pid)
+    output = None
     with process.stdout:
         while output is None:
             is_over = process.poll() is not None or until()
@@ -2832,18 +2834,19 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    def __init__(self, model: Model, listener, place: str = ""):
+    def __init__(self, model: Model, listener, location: str = ""):
+        """`location`: the unit or URL; "" for a child process, which has none yet."""
         self.model = model
-        self.upstream = Upstream(model.url("")) if place else None
+        self.upstream = Upstream(model.url("")) if location else None
         self.pid = None  # of its main process, once known
         self.port = self.upstream and self.upstream.port
-        self.location = place  # pid and port, unit or URL, for people
+        self.location = location  # pid and port, unit or URL, for people
         self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
         self.progress = None  # of a load, from 0 to 1, where that can be told
         self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
-        self._title = f"{model.name} ({place})" if place else model.name
+        self._title = f"{model.name} ({location})" if location else model.name
         self._load_timeout = model.settings.load_timeout or math.inf
         self._wakeup = threading.Event()
         self._exited = threading.Event()
@@ -3069,7 +3072,7 @@ class Backend:
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
-        activity = memory + read >> 20  # a few pages are no progress
+        activity = (memory + read) >> 20  # a few pages are no progress
         if activity not in self._seen_activity:
             self._seen_activity.add(activity)
             self._progress_at = self._looked_at
@@ -3206,8 +3209,11 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        cwd, output = model.settings.cwd or None, subprocess.STDOUT
-        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
+        self._surroundings = {
+            "env": environment,
+            "cwd": model.settings.cwd or None,
+            "stderr": subprocess.STDOUT,
+        }
         argv = self._command()
         find_program(argv[0], environment, model.settings.cwd)
         self.upstream = Upstream(model.url(str(self.port)))
@@ -3276,7 +3282,7 @@ class ProcessBackend(Backend):
 
     def _take_lines(self, data):
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE // 2:
+        if len(self._partial_line) > MAX_LINE // 2:  # the next read adds as much
             lines, self._partial_line = [*lines, self._partial_line], b""
         for line in lines:
             self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
@@ -3824,7 +3830,8 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit, deadline = self._load_timeout, time.monotonic() + self._load_timeout
+        limit = self._load_timeout
+        deadline = time.monotonic() + limit
         if not self._is_started:
             self._systemctl("reset-failed")
             self._is_started = True
@@ -3882,7 +3889,8 @@ class UnitBackend(Backend):
     def _show(self, **defaults):
         """Return these properties of the unit, the defaults if systemd is silent."""
         _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
-        return {**defaults, **dict(row.partition("=")[::2] for row in text.split("\n"))}
+        shown = dict(row.partition("=")[::2] for row in text.split("\n"))
+        return {**defaults, **shown}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
@@ -4995,7 +5003,8 @@ class Pool:
             has_failed = False
             decisions, deadline = self._scheduler.decide(self._clock())
             for decision in decisions:
-                has_failed |= methods[type(decision)](*decision) is False
+                if methods[type(decision)](*decision):
+                    has_failed = True
         self._revise()
         if deadline < self._timer_at:
             self._timer_at = deadline
@@ -5019,17 +5028,19 @@ class Pool:
                 self._schedule()
 
     def _start(self, name, run, is_wake):
-        """Start or wake a backend; return False if that failed at once."""
+        """Start or wake a backend; return whether that failed at once."""
         self._log("info", f"{name}: {'waking' if is_wake else 'loading'}")
         self._publish(name, "loading", event="model_status")
-        if is_wake:
-            return self._backends[name].wake()
         try:
-            self._new_backend(name, run).start()
+            if is_wake:
+                self._backends[name].wake()
+            else:
+                self._new_backend(name, run).start()
         except (OSError, RuntimeError, ValueError) as error:  # such as: no thread left
             problem = LoadFailed(f"{name} could not be started: {error}")
             self._record_exit(name, run, problem)
-            return False
+            return True
+        return False
 
     def _new_backend(self, name, run):
         """Make a backend of the model for this run."""
@@ -5217,7 +5228,7 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not (future.done() or concurrent.futures.wait([future], POLL_INTERVAL).done):
+    while not concurrent.futures.wait([future], POLL_INTERVAL).done:
         if disconnected():
             raise ClientDisconnected
     if future.exception():
@@ -5996,11 +6007,10 @@ def _ask(outgoing, upstream, monitor):
 
 
 def _send(outgoing, upstream, sock, monitor):
-    headers, body = [("host", upstream.authority), *outgoing.headers], outgoing.body
-    held, unread = body.held, 0
-    if not body.is_complete:
-        unread = body.length and body.length - body.received
-    is_chunked = unread is None
+    headers = [("host", upstream.authority), *outgoing.headers]
+    body, held = outgoing.body, outgoing.body.held
+    is_chunked = body.length is None and not body.is_complete
+    unread = 0 if body.is_complete or is_chunked else body.length - body.received
     if is_chunked:
         headers.append(("transfer-encoding", "chunked"))
     elif held or unread or outgoing.method in ("POST", "PUT", "PATCH"):
@@ -8064,10 +8074,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_safe = self.head.method in SAFE_METHODS
         if is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
-        value = self.head.parameter("autoload")
-        if value or not (refusal or self.config.settings.models_autoload):
-            may_load = value in ("true", "1")
-            refusal = None if may_load else BadRequest("model is not loaded")
+        value, not_loaded = self.head.parameter("autoload"), "model is not loaded"
+        if value:
+            refusal = None if value in ("true", "1") else BadRequest(not_loaded)
+        elif not self.config.settings.models_autoload:
+            refusal = refusal or BadRequest(not_loaded)
         states = State.LOADING, State.LOADED
         if refusal and not self.pool.backend_of(self.model, *states):
             raise refusal
@@ -9051,10 +9062,12 @@ class Application:
         already. Raise OSError if an address cannot be used."""
         listeners = passed_listeners(os.environ)
         self._is_activated = bool(listeners)
-        if os.environ.get("LISTEN_FDS") and not listeners:
+        if listeners:
+            return listeners
+        if os.environ.get("LISTEN_FDS"):
             text = "systemd passed its sockets to another process: start llmswap "
             print(f"{text}without a shell around it, or with exec", file=sys.stderr)
-        for address in () if listeners else self._config.settings.listen:
+        for address in self._config.settings.listen:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
