@@ -2364,7 +2364,7 @@ def _listeners(family, port):
                 at += (size + 3) & ~3
 
 
-def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
+def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
     for pid in itertools.chain(likely, processes()):
@@ -2381,7 +2381,7 @@ def holder_of(inode: int, likely: Iterable[int] = ()) -> Optional[int]:
 ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
-def process_stat(pid: Union[int, str]) -> Optional[ProcessStat]:
+def process_stat(pid: int) -> Optional[ProcessStat]:
     """Return what /proc says of the process, or None if it has ended."""
     fields = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not fields:
@@ -4155,12 +4155,12 @@ class Needs:
         known = Known(model.name)
         if any(amounts.values()):
             known = Known(model.name, source, amounts)
-        return self._set(key, known)
+        return self._known.setdefault(key, known) is known  # else it was just measured
 
     def learn(
         self, model: Model, peak: Mapping[str, int], was_squeezed: bool, is_over: bool
-    ) -> bool:
-        """Take over the peak of a run; return whether that changes what is known.
+    ):
+        """Take over the peak of a run.
 
         A llama-server fits itself into the room that it finds: a peak that may have
         been squeezed is ignored if it is far below what is known. Only a run that is
@@ -4176,7 +4176,8 @@ class Needs:
                 source, amounts[name] = known.source, max(need, before)
             elif is_over or need > before or known.source != "measured":
                 amounts[name] = need
-        return bool(peak) and self._set(key, Known(model.name, source, amounts))
+        if peak:
+            self._known[key] = Known(model.name, source, amounts)
 
     def raise_to(self, model: Model, least: Mapping[str, int]):
         """The model ran out of memory with about this much left: it needs no less."""
@@ -4184,12 +4185,7 @@ class Needs:
         amounts = dict(self._known.get(key, Known()).amounts)
         for name, amount in least.items():
             amounts[name] = max(amount, amounts.get(name, 0))
-        self._set(key, Known(model.name, "out of memory", amounts))
-
-    def _set(self, key, known):
-        has_changed = known != self._known.get(key)
-        self._known[key] = known
-        return has_changed
+        self._known[key] = Known(model.name, "out of memory", amounts)
 
     def save(self):
         """Write what has changed to the file."""
@@ -5259,13 +5255,12 @@ def counted_needs(
     that two others of unknown needs do not fit together."""
     counted, left = {}, dict(budget)
     for model in sorted(config.models.values(), key=lambda each: not each.is_pinned):
-        is_pinned = model.is_pinned and not model.problem
         counted[model.name] = {
-            name: min(amount, max(0, left[name] - 1 if is_pinned else left[name]))
+            name: min(amount, max(0, left[name] - 1 if model.is_pinned else left[name]))
             for name, amount in known[model.name].items()
             if name in left
         }
-        if is_pinned:
+        if model.is_pinned:
             for name, amount in counted[model.name].items():
                 left[name] -= amount
     return counted
@@ -8048,7 +8043,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start_stream("text/plain; charset=utf-8")
+            self.response.start_stream(TEXT_TYPE[1])
             self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
