@@ -3110,13 +3110,14 @@ class Backend:
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
         may_hide = self.model.kind != "llama-server"
-        for _ in range(2):  # the first may be the child's, which has just ended
+        for patience in (0.2, 0.0):  # the first may be the child's, which is ending
             self._stranger, inodes = None, listening_inodes(self.upstream.port)
             if inodes != self._own_inodes:
                 self._stranger = foreign_listener(inodes, self.pid, may_hide)
             if self._stranger is None:
                 self._own_inodes = inodes
                 return True
+            self._exited.wait(patience)
         return False
 
     def _report_loaded(self):

@@ -2622,6 +2622,21 @@ def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
     child.wait()
 
 
+def test_a_listener_of_a_child_whose_first_thread_has_ended_is_its_own(begin, tmp_path):
+    (tmp_path / "server.py").write_text(
+        "import ctypes, os, socket, sys, threading, time\n"
+        "listener = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+        "print('started', file=open(sys.argv[2], 'a'), flush=True)\n"
+        "end = lambda: (time.sleep(0.1), os._exit(3))\n"
+        "threading.Thread(target=end).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)\n"
+    )
+    starts = tmp_path / "starts"
+    watched = begin(cmd=f"{sys.executable} {tmp_path}/server.py ${{PORT}} {starts}")
+    assert "status 3" in str(watched.exited())
+    assert starts.read_text().split() == ["started"]  # its port was not taken
+
+
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
     keys = kind_keys("llama-server", tmp_path)
     backend = begin(**keys, hang_timeout=0.3).loaded()
