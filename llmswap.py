@@ -509,7 +509,7 @@ MODEL_KEYS = (
     Key("hang-timeout", parse_duration, "60s",
         "restart after so long without an answer to a request and to health; 0: never, "
         "the default of `cmd` models"),
-    Key("wake-mac", parse_mac, "", "send Wake-on-LAN here while the backend is silent"),
+    Key("wake-mac", parse_mac, "", "MAC address to wake while the backend is silent"),
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
