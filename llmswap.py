@@ -3068,7 +3068,7 @@ class Backend:
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
         self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = group_members(self.pid)
+        family = group_members(self.pid) if self.pid else set()
         for pid in family:
             memory += memory_of(pid).get("VmRSS", 0)
             read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
@@ -3110,14 +3110,14 @@ class Backend:
         if self.pid is None or self.upstream.host not in LOOPBACK:
             return True
         may_hide = self.model.kind != "llama-server"
-        for patience in (0.2, 0.0):  # the first may be the child's, which is ending
+        for pause in (0.2, 0.0):  # the first may be the child's, which is ending
             self._stranger, inodes = None, listening_inodes(self.upstream.port)
             if inodes != self._own_inodes:
                 self._stranger = foreign_listener(inodes, self.pid, may_hide)
             if self._stranger is None:
                 self._own_inodes = inodes
                 return True
-            self._exited.wait(patience)
+            self._exited.wait(pause)
         return False
 
     def _report_loaded(self):
@@ -5225,8 +5225,8 @@ def exit_code_of(problem: Optional[APIError]) -> int:
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
-    while not concurrent.futures.wait([future], POLL_INTERVAL).done:
-        if disconnected():
+    while not future.done():  # `wait` alone would be slow for one that is
+        if not concurrent.futures.wait([future], POLL_INTERVAL).done and disconnected():
             raise ClientDisconnected
     if future.exception():
         raise future.exception().with_traceback(None)  # other threads raise the same
@@ -5619,9 +5619,11 @@ class Body:
 
     def _read_json(self, is_needed):
         start = bytes(self.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf")
-        if not (start.startswith(b"{") or is_needed and start):
+        if start[:1] not in (b"{", b"") and not is_needed:
             return
         self.hold(sys.maxsize)
+        if not self.held:
+            return
         try:
             members = _LENIENT.decode(str(self.held, "utf-8-sig"))
             if not isinstance(members, dict):
@@ -6260,7 +6262,8 @@ class _Reader:
         """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
         match = _REPEATED_QUOTES.match(text, self.at)
-        if match:
+        is_key = role == "key"
+        if match and (match[1] or is_key or self._may_end(match.end(), role)):
             return self._take(*match.span(match.lastindex), match.end())
         quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
         nested, since = 0, start  # open brackets of JSON within the string, as in {"
@@ -7958,7 +7961,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
         try:
-            count = parse_count(limit or str(MAX_ENDED_REQUESTS))
+            count = parse_count(limit) if limit else None
         except ValueError as error:
             raise BadRequest(f"limit: {error}", "limit") from None
         rows = self.server.requests.rows()
@@ -8977,12 +8980,13 @@ class FileWatch:
     def check(self, on_change: Callable):
         """Look at the file unless that was done within WATCH_EVERY; if it changed, call
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
-        with self._lock:
-            now = time.monotonic()
-            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
-                self._looked_at = now
-                self._look = start_thread(self._find_change, "watch", on_change)
-        self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
+        now = time.monotonic()
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            with self._lock:
+                if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
+                    self._looked_at = now
+                    self._look = start_thread(self._find_change, "watch", on_change)
+            self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
         stamp = self._stamp()
@@ -9071,7 +9075,8 @@ class Application:
                 if error.errno == errno.EADDRINUSE and is_llmswap(address):
                     print(f"llmswap answers at {shown} already", file=sys.stderr)
                     return []
-                reason = error.strerror or error
+                # without "(while attempting to bind on address ...)"
+                reason = str(error.strerror or error).partition(" (while ")[0]
                 raise OSError(f"cannot listen on {shown}: {reason}") from None
         return listeners
 

@@ -3418,6 +3418,21 @@ def test_listen_needs_a_restart(tmp_path):
         assert llmswap.is_llmswap(str(place))
 
 
+def test_a_file_is_looked_at_later_if_no_thread_can_be_started(tmp_path, monkeypatch):
+    watch, changes = llmswap.FileWatch(str(tmp_path)), []
+    monkeypatch.setattr(llmswap, "WATCH_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_to_start)
+        watch.check(lambda: None)
+    (tmp_path / "new").touch()
+    watch.check(lambda: changes.append("seen"))
+    assert changes == ["seen"]
+
+
+def refuse_to_start(_):
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
     words, place = [tmp_path / "m.ini", "--listen"], str(tmp_path / "socket")
@@ -5004,6 +5019,11 @@ def test_requests_are_edited_as_the_file_says(swap, given, expected):
     assert swap.post("/v1/x?model=a", data, other).json()["body"] == "--x"
 
 
+def test_the_model_is_found_behind_blanks(swap):
+    text = "\n" * 99 + json.dumps(chat_body("a"))
+    assert swap.post(CHAT, text).status == 200
+
+
 def test_a_body_without_edits_is_forwarded_byte_for_byte(swap):
     text = ' {"x" : 1.0e5,\r\n"x":"\\u00e4\u00e4", "model":"a","model":"b" } '
     assert swap.post("/v1/x", text).json()["body"].encode("latin-1").decode() == text
@@ -6199,6 +6219,7 @@ MEANT = r"""
 {"a": "C:\temp\new", n: 1} ⇒ {"a": "C:\\temp\\new", "n": 1}
 {"a": "C:\dir\"} ⇒ {"a": "C:\\dir\\"}
 {"a": "\u12"} ⇒ {"a": "\\u12"}
+{"a": ""hello"" world", "b": 1} ⇒ {"a": "\"hello\"\" world", "b": 1}
 {"a": "\ud83d\ude00",} ⇒ {"a": "😀"}
 {"a": 1, b ⇒ {"a": 1}
 {"a": N ⇒ {"a": null}
