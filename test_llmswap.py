@@ -5324,10 +5324,10 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
     assert swap.get("/slots/?model=a").status == swap.get("/slots?model=a").status
 
 
-def test_a_client_that_speaks_tls_is_told_to_use_http(swap):
+def test_a_client_that_speaks_tls_is_told_so(swap):
     answer, _ = raw(swap, b"\x16\x03\x01\x02\x00\x01")  # a TLS ClientHello
-    assert answer.startswith(b"HTTP/1.1 400 ") and b"use http://" in answer
-    eventually(lambda: "use http://" in swap.log())
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"is it TLS (https://)?" in answer
+    eventually(lambda: "is it TLS" in swap.log())
 
 
 def test_a_start_that_is_bound_to_fail_is_known_before():
