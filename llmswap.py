@@ -432,7 +432,7 @@ PROXY_KEYS = (
         "folder of saved contexts and measured needs, for this user only"),
     Key("context-max", parse_size, "20G",
         "size of all saved contexts; beyond it the oldest are deleted"),
-    Key("default-model", str, "", "for requests that name none; empty: the only model"),
+    Key("default-model", str, "", "for requests without a model; empty: the only one"),
     Key("patience", either("auto", None, parse_duration), "auto",
         "how long a busy model goes on while another waits for its room; `auto`: as "
         "long as the swap costs; 0: strict order"),
@@ -513,7 +513,8 @@ MODEL_KEYS = (
     Key("wake-broadcast", parse_host_port, "255.255.255.255:9",
         "where Wake-on-LAN is sent"),
     Key("strip-params", parse_words, "", "parameters removed from requests"),
-    Key("default-params", parse_object, "", "JSON object merged deep under requests"),
+    Key("default-params", parse_object, "",
+        "JSON object merged deep under requests, which override it"),
     Key("set-params", parse_object, "", "JSON object merged deep over requests"),
     Key("json-repair", parse_boolean, "off", "repair the arguments of tool calls"),
     Key("loading-notice", one_of("off", "comment", "reasoning"), "comment",
