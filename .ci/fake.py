@@ -653,7 +653,8 @@ def answer_models(request):
     """The list of its one model."""
     request.hold(request.server.flags.list_delay)
     model = {"id": request.server.flags.model, "object": "model", "aliases": []}
-    model.update({"tags": ["x"], "meta": loads(request.server.flags.meta), "owned_by": "llamacpp"})
+    meta = loads(request.server.flags.meta)
+    model.update({"tags": ["x"], "meta": meta, "owned_by": "llamacpp"})
     request.reply({"object": "list", "data": [model]})
 
 
