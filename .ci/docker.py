@@ -4,7 +4,11 @@ The container is a process that is no child of what started it. The folder STATE
 file for each; PROGRAM is what runs in it.
 """
 
-import os, signal, sys, time  # and no more: each call is a start of Python
+# no more imports: each call is a start of Python
+import os
+import signal
+import sys
+import time
 
 state, program, verb, *words = sys.argv[1:]
 
