@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import lru_cache
 
 PYTHON = [sys.executable, "-I", "-S"]
 ROOM = "." * 8000  # an argument, which a fork replaces by its own
+LOCK = threading.Lock()
 
 
 def start(args, env, files, folder):
@@ -24,7 +26,9 @@ def start(args, env, files, folder):
     become its descriptors 1 and 2, and, as systemd passes them, 3 and so on. Return the
     process. If it is of PYTHON, it is a fork; `folder` has llmswap.pyc."""
     if args[:3] == PYTHON:
-        return Forks.of(folder).start(args[3:], env, files)
+        with LOCK:  # else threads start several, and all but one end at once
+            forks = Forks.of(folder)
+        return forks.start(args[3:], env, files)
     stdout, stderr = files
     return subprocess.Popen(
         args, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
