@@ -85,8 +85,9 @@ class Debian:
         return self(f"systemctl {scope} show --value -p {name} {unit}")
 
     def end(self):
-        for pid in self._first():
-            os.kill(int(pid), signal.SIGKILL)
+        if self._process.poll() is None:
+            for pid in self._first():
+                os.kill(int(pid), signal.SIGKILL)
         self._process.wait(10)
         for folder, _, _ in os.walk(self._group, topdown=False):
             os.rmdir(folder)
