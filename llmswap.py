@@ -2468,8 +2468,6 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        if not self.seen_within(math.inf):
-            self._close_idle()
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
@@ -2491,14 +2489,14 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        if not self.seen_within(math.inf):  # the machine was suspended
-            self._close_idle()
         was_used = False
         with contextlib.suppress(IndexError):
             while not was_used:
-                sock = self._idle.pop()
+                sock, suspended = self._idle.pop()
+                was_suspended = suspended_seconds() > suspended + 1.0
                 rest_of_record = getattr(sock, "pending", int)()  # of TLS
-                was_used = not (rest_of_record or await_event(sock, select.POLLIN, 0))
+                has_input = rest_of_record or await_event(sock, select.POLLIN, 0)
+                was_used = not (was_suspended or has_input)
                 if not was_used:  # the backend has closed it, or sent bytes unasked
                     sock.close()
         if not was_used:
@@ -2516,7 +2514,7 @@ class Upstream:
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self.mark_alive()
-        self._idle.append(sock)
+        self._idle.append((sock, suspended_seconds()))
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2534,7 +2532,7 @@ class Upstream:
     def _close_idle(self):
         with contextlib.suppress(IndexError):
             while True:
-                self._idle.pop().close()
+                self._idle.pop()[0].close()
 
 
 def cut(sockets: Iterable[socket.socket]):
@@ -2626,11 +2624,15 @@ class Guard:
     def _tell(self, sign, group):
         os.write(self.fd, f"{sign} {group}\n".encode())
 
-    def watch(self, group: int):
-        """Be responsible for this process group."""
+    def spawn(self, argv: List[str], **options) -> subprocess.Popen:
+        """Start a process in a group of its own, which the guard, started anew if it is
+        dead, is responsible for. Raise OSError."""
+        self.start()
+        process = subprocess.Popen(argv, start_new_session=True, **options)
         with self._lock:
-            self._groups.add(group)
-            self._tell("+", group)
+            self._groups.add(process.pid)
+            self._tell("+", process.pid)
+        return process
 
     def forget(self, group: int):
         """The group is dead; its number may soon be another's."""
@@ -2684,16 +2686,18 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     """Run a command for at most so many seconds, or until `until()`; `more` goes to
     Popen. Return its status (None: it was killed, or cannot run) and its output."""
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
-    environment = {**runtime, **clean_environment({})}
-    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
+    options = {
+        "env": {**runtime, **clean_environment({})},
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+        **more,
+    }
     guard, deadline = Guard.current or Guard(), time.monotonic() + timeout
     try:
-        guard.start()
-        process = subprocess.Popen(argv, start_new_session=True, **options)
+        process = guard.spawn(argv, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
-    guard.watch(process.pid)
     output = None
     with process.stdout:
         while output is None:
@@ -3190,7 +3194,7 @@ class ProcessBackend(Backend):
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None  # the last that was started
-        self._partial_line = b""  # of its output: a line without an end
+        self._is_output_read = threading.Event()
 
     # -- load
 
@@ -3211,29 +3215,25 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {
-            "env": environment,
-            "cwd": model.settings.cwd or None,
-            "stderr": subprocess.STDOUT,
-        }
+        cwd, output = model.settings.cwd or None, subprocess.STDOUT
+        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
         argv = self._command()
-        find_program(argv[0], environment, model.settings.cwd)
+        find_program(argv[0], environment, cwd)
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
         self._stranger = self._own_inodes = None
         self._oom_kills = oom_kills()
-        self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE}
-        options = {"start_new_session": True, **files, **self._surroundings}
-        self._process = subprocess.Popen(argv, **options)
+        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._process = self._guard.spawn(argv, **files, **self._surroundings)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
-        self._guard.watch(self.pid)
+        self._is_output_read.clear()
         try:
-            start_thread(self._watch_process, "process")
+            start_thread(self._read_output, "output", self._process)
+            start_thread(self._await_exit, "exit")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
@@ -3245,50 +3245,28 @@ class ProcessBackend(Backend):
         """Do what comes between a good health and the first request; False: again."""
         return True
 
-    def _watch_process(self):
-        """Pass its output on until it has exited, on a thread of its own."""
-        output, exit_fd = self._process.stdout.fileno(), open_pidfd(self.pid)
-        os.set_blocking(output, False)
-        poll = select.poll()
-        poll.register(output, select.POLLIN)
-        if exit_fd is not None:
-            poll.register(exit_fd, select.POLLIN)
-        try:
-            how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
-            while os.waitid(os.P_PID, self.pid, how) is None:
-                ready = dict(poll.poll(50 if exit_fd is None else None))
-                if output in ready and self._read_output(output) == b"":
-                    poll.unregister(output)  # it has closed it
-            for _ in range(128):  # a pipe holds a megabyte; others may write for ever
-                if not self._read_output(output):
-                    break
-            if self._partial_line:
-                self._take_lines(b"\n")
-        finally:
-            if exit_fd is not None:
-                os.close(exit_fd)
-            self._exited.set()
-            self._interrupt()  # its workers may hold the socket of a probe open
+    def _read_output(self, process):
+        """Pass its output on line by line to its end, on a thread of its own. One that
+        left the group and holds the output open is heard until all else is reaped."""
+        data, partial_line = b"\n", b""
+        with process.stdout as output:
+            while data and process.returncode is None:
+                data = output.read(MAX_LINE // 2)
+                *lines, partial_line = (partial_line + data).split(b"\n")
+                if len(partial_line) > (MAX_LINE // 2 if data else 0):
+                    lines, partial_line = [*lines, partial_line], b""
+                for line in lines:
+                    self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
+                    self._listener.on_line(self, self.lines[-1])
+                self._progress_at = time.monotonic()
+                if not self._is_ready:
+                    self._wakeup.set()
+        self._is_output_read.set()
 
-    def _read_output(self, fd):
-        """Return what could be read; None if there is nothing now, b"" at the end."""
-        data = None
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(fd, MAX_LINE // 2)
-        if data:
-            self._take_lines(data)
-            self._progress_at = time.monotonic()
-            if not self._is_ready:
-                self._wakeup.set()
-        return data
-
-    def _take_lines(self, data):
-        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE // 2:  # the next read adds as much
-            lines, self._partial_line = [*lines, self._partial_line], b""
-        for line in lines:
-            self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
-            self._listener.on_line(self, self.lines[-1])
+    def _await_exit(self):
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
+        self._exited.set()
+        self._interrupt()  # its workers may hold the socket of a probe open
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
@@ -3338,11 +3316,11 @@ class ProcessBackend(Backend):
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
+        self._is_output_read.wait(0.5)
         self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        self._process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
@@ -3383,10 +3361,6 @@ def _is_group_alive(group):
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass  # its orphans are our children where we are process 1
-    try:
-        os.killpg(group, 0)
-    except OSError:
-        return False
     stats = filter(None, map(process_stat, group_members(group)))
     return any(stat.state not in "ZX" for stat in stats)
 
