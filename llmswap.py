@@ -2335,34 +2335,34 @@ def listening_inodes(port: int) -> Set[int]:
     inodes = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
-            for address, inode in _listeners(family, port):
-                if not any(address) or address.endswith(b"\x7f\0\0\1"):
-                    inodes.add(inode)
+            for message in _listeners(family, port):
+                address = message[24:40]
+                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
+                if is_loopback or not any(address):
+                    inodes.update(struct.unpack_from("=I", message, 84))
     return inodes
 
 
 def _listeners(family, port):
-    """Yield (address, inode) of the sockets that the kernel finds there.
+    """Yield an inet_diag_msg, with its header, for each socket that listens there.
 
-    Asked directly: to write its tables into /proc takes it 20 ms and more.
+    The kernel is asked directly: to write its tables into /proc takes it 20 ms and more.
     """
     query = struct.pack(
         "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
         socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
     )  # fmt: skip
-    width = 4 if family == socket.AF_INET else 16
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(1.0)
         kernel.send(query)
         while True:
-            data, at = kernel.recv(65536), 0
-            while at < len(data):
-                size, kind = struct.unpack_from("=IH", data, at)
+            data = kernel.recv(65536)
+            while data:
+                size, kind = struct.unpack_from("=IH", data)
                 if kind != SOCK_DIAG_BY_FAMILY:
                     return  # that was the last
-                (inode,) = struct.unpack_from("=I", data, at + 84)
-                yield data[at + 24 : at + 24 + width], inode
-                at += (size + 3) & ~3
+                yield data
+                data = data[(size + 3) & ~3 :]
 
 
 def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
@@ -3005,11 +3005,9 @@ class Backend:
         """
         settings, timeout = self.model.settings, max(0.001, timeout)
         method, path, body = request or ("GET", settings.check_endpoint, "")
-        headers = {"Connection": "close"}
+        headers = {"Connection": "close", "Content-Type": "application/json"}
         if settings.proxy_key:
             headers["Authorization"] = f"Bearer {settings.proxy_key}".encode()
-        if body:
-            headers["Content-Type"] = "application/json"
         sock = None
         try:
             sock = self.upstream.dial(min(timeout, CONNECT_TIMEOUT))
@@ -3072,11 +3070,9 @@ class Backend:
         """
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
-        self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = group_members(self.pid) if self.pid else set()
-        for pid in family:
-            memory += memory_of(pid).get("VmRSS", 0)
-            read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
+        self._looked_at, family = time.monotonic(), group_members(self.pid)
+        memory = sum(memory_of(pid).get("VmRSS", 0) for pid in family)
+        read = sum(_kernel_counts(f"/proc/{pid}/io", "read_bytes: ") for pid in family)
         activity = (memory + read) >> 20  # a few pages are no progress
         if activity not in self._seen_activity:
             self._seen_activity.add(activity)
@@ -3090,16 +3086,16 @@ class Backend:
 
     def _check_hang(self):
         """A request is silent: without an answer to health in time, too, it hangs."""
-        limit, is_answered = self.model.settings.hang_timeout, False
+        limit = self.model.settings.hang_timeout
         until = self._silent_since + limit
-        while not is_answered and self._is_alive() and time.monotonic() < until:
-            is_answered = self._probe(until - time.monotonic()).status is not None
-            if not is_answered:
-                self._wait(min(1.0, until - time.monotonic()))
+        while self._is_alive() and time.monotonic() < until:
+            if self._probe(until - time.monotonic()).status is not None:
+                break
+            self._wait(min(1.0, until - time.monotonic()))
+        else:
+            if self._is_alive() and not self.upstream.seen_within(limit):
+                self._give_up()
         self._silent_since = None
-        is_answered = is_answered or self.upstream.seen_within(limit)
-        if not is_answered and self._is_alive():
-            self._give_up()
 
     def _give_up(self):
         self._is_ready = False  # it is killed, as it would not hear a SIGTERM
