@@ -3202,7 +3202,8 @@ class ProcessBackend(Backend):
             if is_healthy and self._restore_context():
                 return self._is_alive()
             is_port_chosen = self.upstream.port == self.port
-            may_repeat = is_healthy or self._stranger and is_port_chosen
+            is_taken = self._stranger or not self._is_listener_ours()
+            may_repeat = is_healthy or is_port_chosen and is_taken
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
@@ -3260,7 +3261,8 @@ class ProcessBackend(Backend):
         self._is_output_read.set()
 
     def _await_exit(self):
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
+        with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: it is reaped
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self._exited.set()
         self._interrupt()  # its workers may hold the socket of a probe open
 

@@ -2597,6 +2597,25 @@ def test_a_stranger_on_the_chosen_port_hears_nothing(
     assert stranger.heard() == b""
 
 
+def test_a_port_may_be_found_taken_when_its_server_has_ended(
+    begin, tmp_path, monkeypatch
+):
+    stranger, free = Stranger(free_port()), llmswap.free_port
+    stranger.listen()
+    ports, dial = iter([stranger.port]), llmswap.Upstream.dial
+    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or free())
+
+    def dial_late(upstream, timeout):
+        if upstream.port == stranger.port:
+            raise ConnectionRefusedError
+        return dial(upstream, timeout)
+
+    monkeypatch.setattr(llmswap.Upstream, "dial", dial_late)
+    text = f"PORT=$1\n[ $1 != {stranger.port} ] || exit 1\nexec {fake_command()}"
+    assert begin(cmd=script(tmp_path, text)).loaded().port != stranger.port
+    assert stranger.heard() == b""
+
+
 def order_to(name):
     """The signal by which a fake server is ordered to do this."""
     number = next(number for number, order in fake.ORDERS.items() if order == name)
@@ -2647,8 +2666,8 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tm
     with pytest.raises(ConnectionRefusedError):
         backend.upstream.connect()
     stranger.listen()
-    backend.report_stall()  # the port is open, but to the stranger
-    eventually(lambda: backend.died(0))
+    # The port is open, but to the stranger. A request is found silent again and again.
+    eventually(lambda: backend.report_stall() or backend.died(0))
     assert stranger.heard() == b""
 
 
