@@ -3261,8 +3261,7 @@ class ProcessBackend(Backend):
         self._is_output_read.set()
 
     def _await_exit(self):
-        with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: it is reaped
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
         self._exited.set()
         self._interrupt()  # its workers may hold the socket of a probe open
 

@@ -2578,14 +2578,21 @@ def kind_keys(kind, folder):
     }
 
 
-@pytest.mark.parametrize("kind", ["cmd", "llama-server"])
-@pytest.mark.parametrize("is_late", [False, True])
-def test_a_stranger_on_the_chosen_port_hears_nothing(
-    begin, tmp_path, monkeypatch, kind, is_late
-):
+@pytest.fixture
+def stranger(monkeypatch):
+    """A Stranger whose port is the first that llmswap chooses."""
     stranger, free = Stranger(free_port()), llmswap.free_port
     ports = iter([stranger.port])
     monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or free())
+    yield stranger
+    assert stranger.heard() == b""
+
+
+@pytest.mark.parametrize("kind", ["cmd", "llama-server"])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_stranger_on_the_chosen_port_hears_nothing(
+    begin, stranger, tmp_path, kind, is_late
+):
     if not is_late:
         stranger.listen()
     watched = begin(**kind_keys(kind, tmp_path))
@@ -2594,26 +2601,22 @@ def test_a_stranger_on_the_chosen_port_hears_nothing(
         stranger.listen()
     assert watched.loaded().port != stranger.port
     assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
-    assert stranger.heard() == b""
 
 
 def test_a_port_may_be_found_taken_when_its_server_has_ended(
-    begin, tmp_path, monkeypatch
+    begin, stranger, tmp_path, monkeypatch
 ):
-    stranger, free = Stranger(free_port()), llmswap.free_port
-    stranger.listen()
-    ports, dial = iter([stranger.port]), llmswap.Upstream.dial
-    monkeypatch.setattr(llmswap, "free_port", lambda: next(ports, None) or free())
+    dial = llmswap.Upstream.dial
 
-    def dial_late(upstream, timeout):
+    def dial_others(upstream, timeout):
         if upstream.port == stranger.port:
             raise ConnectionRefusedError
         return dial(upstream, timeout)
 
-    monkeypatch.setattr(llmswap.Upstream, "dial", dial_late)
+    stranger.listen()
+    monkeypatch.setattr(llmswap.Upstream, "dial", dial_others)
     text = f"PORT=$1\n[ $1 != {stranger.port} ] || exit 1\nexec {fake_command()}"
     assert begin(cmd=script(tmp_path, text)).loaded().port != stranger.port
-    assert stranger.heard() == b""
 
 
 def order_to(name):
