@@ -2346,7 +2346,7 @@ def listening_inodes(port: int) -> Set[int]:
 def _listeners(family, port):
     """Yield an inet_diag_msg, with its header, for each socket that listens there.
 
-    The kernel is asked directly: to write its tables into /proc takes it 20 ms and more.
+    Asked directly: to write its tables into /proc takes the kernel 20 ms and more.
     """
     query = struct.pack(
         "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
