@@ -3358,8 +3358,11 @@ def _is_group_alive(group):
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass  # its orphans are our children where we are process 1
-    stats = filter(None, map(process_stat, group_members(group)))
-    return any(stat.state not in "ZX" for stat in stats)
+    with contextlib.suppress(OSError):
+        os.killpg(group, 0)
+        stats = filter(None, map(process_stat, group_members(group)))
+        return any(stat.state not in "ZX" for stat in stats)
+    return False
 
 
 def memory_of(pid: int) -> Dict[str, int]:
