@@ -3801,21 +3801,20 @@ UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
 RUNNING = ("active", "activating", "reloading")
 
 
-def systemctl(unit: str, verb: str, *options: str) -> List[str]:
-    """Return the command that does this to a unit, named as `unit =` names it."""
+def systemctl(unit: str, verb: str, *options: str, **limits):
+    """Do this to a unit, named as `unit =` names it; see run_command."""
     scope = "--system" if unit.startswith("system:") else "--user"
     words = ["systemctl", scope, "--no-ask-password", verb, *options]
-    return [*words, "--", unit.removeprefix("system:")]
+    argv = [*words, "--", unit.removeprefix("system:")]
+    limits = {"timeout": COMMAND_TIMEOUT, **limits}
+    return run_command(argv, stderr=subprocess.STDOUT, **limits)
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-
-    def state(unit):
-        return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
-
-    return {unit for unit in units if state(unit) in RUNNING}
+    states = {unit: systemctl(unit, "is-active", until=gives_up)[1] for unit in units}
+    return {unit for unit, state in states.items() if state in RUNNING}
 
 
 class UnitBackend(Backend):
@@ -3835,9 +3834,10 @@ class UnitBackend(Backend):
         limit = self._load_timeout
         deadline = time.monotonic() + limit
         if not self._is_started:
-            self._systemctl("reset-failed")
+            systemctl(self.location, "reset-failed")
             self._is_started = True
-            status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
+            limits = {"timeout": limit, "until": lambda: self._is_stop_asked}
+            status, text = systemctl(self.location, "start", **limits)
             if status is None and time.monotonic() >= deadline:
                 raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
@@ -3872,25 +3872,21 @@ class UnitBackend(Backend):
             return
         gpu_users = group_members(self.pid)
         if not self._is_ready:
-            self._systemctl("kill", options=["--signal=KILL"])
+            systemctl(self.location, "kill", "--signal=KILL")
         timeout = self.model.settings.stop_timeout
-        status, text = self._systemctl("stop", timeout, lambda: self._is_kill_asked)
+        limits = {"timeout": timeout, "until": lambda: self._is_kill_asked}
+        status, text = systemctl(self.location, "stop", **limits)
         if status != 0:
             self._note(f"systemctl stop: {text or 'no answer'}; it is killed")
-            self._systemctl("kill", options=["--signal=KILL"])
-            self._systemctl("stop")
+            systemctl(self.location, "kill", "--signal=KILL")
+            systemctl(self.location, "stop")
         self._exited.set()
         self._is_ready = self._is_started = False
         settle(gpu_users, self._settle_timeout)
 
-    def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
-        argv = systemctl(self.location, verb, *options)
-        timeout = COMMAND_TIMEOUT if timeout is None else timeout
-        return run_command(argv, timeout, until, stderr=subprocess.STDOUT)
-
     def _show(self, **defaults):
         """Return these properties of the unit, the defaults if systemd is silent."""
-        _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
+        _, text = systemctl(self.location, "show", "-p", ",".join(defaults))
         shown = dict(row.partition("=")[::2] for row in text.split("\n"))
         return {**defaults, **shown}
 
@@ -4237,50 +4233,21 @@ def _command_key(model):
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
 LOOK_EVERY = 1.0  # s, at most, unless a model is new
-GGUF_NUMBERS = "BbHhIif?  Qqd"  # the format of each type of number
-GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_LIMIT = 1 << 16  # keys, items of an array, bytes of a string
+GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
+GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
+    rb"\0([\w-]+\.\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
+)
 
 
-def read_gguf(path: str) -> Dict[str, object]:
-    """Return the metadata of a GGUF file by key, those before its tokenizer; arrays as
-    None. A file that is cut, or no GGUF, has none."""
-    metadata = {}
-    try:
-        with open(path, "rb") as file:
-            magic, version, _, count = _unpack(file, "4sIQQ")
-            if magic != b"GGUF" or version < 2:
-                return {}
-            for _ in range(min(count, GGUF_LIMIT)):
-                key = _gguf_value(file, GGUF_STRING)
-                if key.startswith("tokenizer."):
-                    break
-                metadata[key] = _gguf_value(file, *_unpack(file, "I"))
-    except (LookupError, OSError, ValueError, struct.error):
-        return {}
-    return metadata
-
-
-def _unpack(file, form):
-    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
-
-
-def _gguf_value(file, kind):
-    if kind == GGUF_ARRAY:
-        item, count = _unpack(file, "IQ")
-        if count > GGUF_LIMIT or item == GGUF_ARRAY:
-            raise ValueError("no array before the tokenizer is so large, or nested")
-        for _ in range(count):
-            _gguf_value(file, item)
-        return None
-    form = GGUF_NUMBERS[kind]
-    if kind == GGUF_STRING:
-        (size,) = _unpack(file, "Q")
-        if size > GGUF_LIMIT:
-            raise ValueError("the string is too long")
-        form = f"{size}s"
-    (value,) = _unpack(file, form)
-    return value.decode("utf-8", "replace") if kind == GGUF_STRING else value
+def read_gguf(path: str) -> Dict[str, int]:
+    """Return the 32-bit numbers and the flags by key in the metadata of a GGUF file,
+    those before its tokenizer. A file that is no GGUF has none."""
+    head = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(GGUF_HEAD).partition(b"tokenizer.")[0]
+    facts = GGUF_FACT.findall(head) if head.startswith(b"GGUF") else ()
+    return {key.decode(): int.from_bytes(number or flag, "little")
+            for key, number, flag in facts}
 
 
 class Details(NamedTuple):
@@ -4343,10 +4310,10 @@ class Inspector:
         header = self._header(model, options.get("--model", ""))
         projector = self._header(model, options.get("--mmproj", ""))
         for encoder, name in (("vision", "image"), ("audio", "audio")):
-            if projector.get(f"clip.has_{encoder}_encoder") is True:
+            if projector.get(f"clip.has_{encoder}_encoder"):
                 inputs.append(name)
-        trained = header.get(f"{header.get('general.architecture')}.context_length")
-        meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
+        trained = [header[key] for key in header if key.endswith(".context_length")]
+        meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained and trained[0]}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
         return Details(argv, model.preset(table), options, problem, inputs, meta)
