@@ -3572,23 +3572,22 @@ class LlamaServerBackend(ProcessBackend):
 
     def _command(self):
         """Return its command, with a folder for its contexts if there can be one."""
-        self._digest = ""
-        root = os.path.dirname(self.model.context_dir.rstrip("/"))
+        self._digest, self._files = "", self.model.context_dir
+        root = os.path.dirname(self._files.rstrip("/"))
         try:
-            for folder in (os.path.dirname(root), root, self.model.context_dir):
+            for folder in (os.path.dirname(root), root, self._files):
                 os.makedirs(folder, 0o700, exist_ok=True)
         except OSError as error:
             self._note(f"contexts cannot be kept: {error}")
             self.model = self.model._replace(context_dir="")
-            return super()._command()
         argv = super()._command()
         paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
-        if not paths:
-            self._note("this llama-server cannot save contexts")
-        elif EMBEDDING_OPTIONS.isdisjoint(argv):
+        if paths and EMBEDDING_OPTIONS.isdisjoint(argv):
             folder = os.path.join(self.model.settings.cwd, paths[-1])
             self._files = os.path.join(os.path.abspath(folder), "")
             self._digest = self._digest_of(argv)
+        elif self.model.context_dir and not paths:
+            self._note("this llama-server cannot save contexts")
         return argv
 
     def _digest_of(self, argv):
@@ -3613,8 +3612,6 @@ class LlamaServerBackend(ProcessBackend):
         self._unused = 0  # the most of them, until an answer used some
         self._longest = 0  # tokens that an answer of this run left in a slot
         self._is_useless = False
-        if not self._digest:
-            return True
         try:
             saved = self._contexts.pop(self.model.context_dir)
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
@@ -3622,7 +3619,7 @@ class LlamaServerBackend(ProcessBackend):
             if saved.slots and saved.command != self._digest:
                 text = "the command or a file has changed"
                 self._note(f"context was not restored: {text}")
-            elif saved.slots and is_whole and self._keeps_context():
+            elif saved.slots and is_whole:
                 self._speed = saved.speed
                 tokens = sum(tokens for _, _, tokens in saved.slots)
                 limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
@@ -3646,18 +3643,16 @@ class LlamaServerBackend(ProcessBackend):
             return  # asleep, it holds nothing, and a question would wake it
         if self._unused and self._is_useless:
             self._count_failure("the restored context was of no use")
-        began, saved, self._is_saving = time.monotonic(), SavedContext(), True
+        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
+        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
+        slots, self._is_saving = [], True
         try:
-            if self._keeps_context():
-                saved = self._save_slots(began)
-            if saved.slots:
-                self._contexts.put(self.model.context_dir, saved)
-                self._tell("saved", saved, began)
+            if self._digest and is_wanted and not is_failing:
+                slots = self._save_slots(time.monotonic())
         except (OSError, *MALFORMED) as error:
-            saved = SavedContext()
             self._count_failure(f"context was not saved: {error}")
         self._is_saving = False
-        self._discard_all_but(saved.slots)
+        self._discard_all_but(slots)
 
     def _save_slots(self, began):
         limit = self.model.settings.stop_timeout
@@ -3672,19 +3667,18 @@ class LlamaServerBackend(ProcessBackend):
         for number in tokens:
             name = f"{folder_name(self.model.name)}.{number}.{os.urandom(4).hex()}"
             path = self._files + name
-            os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            open(path, "x", opener=open_private).close()
             answer = self._ask(deadline, f"/slots/{number}?action=save", path)
             if os.path.getsize(path) != answer["n_written"]:
                 raise OSError("the file is not whole; is the disk full?")
             if answer["n_saved"] >= MIN_CONTEXT:
                 size += answer["n_written"]
                 slots.append((number, path, answer["n_saved"]))
-        return SavedContext(self._digest, self._speed, size, slots)
-
-    def _keeps_context(self):
-        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
-        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
-        return self._digest and is_wanted and not is_failing
+        if slots:
+            saved = SavedContext(self._digest, self._speed, size, slots)
+            self._contexts.put(self.model.context_dir, saved)
+            self._tell("saved", saved, began)
+        return slots
 
     def _count_failure(self, text):
         is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
@@ -3725,33 +3719,28 @@ class LlamaServerBackend(ProcessBackend):
 
 BUSY_GPU = 10  # per cent of use
 _CSV = "--format=csv,noheader,nounits"
-_GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their units
-    "processes": {
-        "nvidia-smi": (["--query-compute-apps=pid,used_gpu_memory", _CSV],
-                       r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
-        "rocm-smi": (["--showpids"], r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
-    },
-    "sizes": {
-        "nvidia-smi": (["--query-gpu=memory.total,memory.used", _CSV],
-                       r"^ *(\d+), *(\d+) *$", (1 << 20, 1 << 20)),
-        "rocm-smi": (["--showmeminfo", "vram", "--csv"],
-                     r"^card\d+,(\d+),(\d+)", (1, 1)),
-    },
-    "use": {
-        "nvidia-smi": (["--query-gpu=utilization.gpu", _CSV], r"^\s*(\d+)\s*$", (1,)),
-        "rocm-smi": (["--showuse", "--csv"], r"^card\d+,\s*(\d+)", (1,)),
-    },
-}  # fmt: skip
+_GPU_QUERIES = (  # question; command; the numbers in a row of its answer; their units
+    ("processes", f"nvidia-smi --query-compute-apps=pid,used_gpu_memory {_CSV}",
+     r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
+    ("processes", "rocm-smi --showpids",
+     r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
+    ("sizes", f"nvidia-smi --query-gpu=memory.total,memory.used {_CSV}",
+     r"^ *(\d+), *(\d+) *$", (1 << 20, 1 << 20)),
+    ("sizes", "rocm-smi --showmeminfo vram --csv", r"^card\d+,(\d+),(\d+)", (1, 1)),
+    ("use", f"nvidia-smi --query-gpu=utilization.gpu {_CSV}", r"^\s*(\d+)\s*$", (1,)),
+    ("use", "rocm-smi --showuse --csv", r"^card\d+,\s*(\d+)", (1,)),
+)  # fmt: skip
 
 
-def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
+def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
     """
     rows = []
-    for tool, (options, row, units) in _GPU_QUERIES[query].items():
-        if shutil.which(tool):
-            _, text = run_command([tool, *options], timeout)
+    for about, command, row, units in _GPU_QUERIES:
+        argv = command.split()
+        if about == question and shutil.which(argv[0]):
+            _, text = run_command(argv, timeout)
             for match in re.finditer(row, text, re.MULTILINE):
                 cells = zip(match.groups("0"), units)
                 rows.append(tuple(int(cell) * unit for cell, unit in cells))
@@ -4119,13 +4108,12 @@ class Needs:
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._saved = {}
+        self._known, self._saving = {}, threading.Lock()
         try:
-            self._saved = self._read()
+            self._known = self._read()
         except OSError as error:
             log("warning", f"{self._path} cannot be read: {error}")
-        self._known = dict(self._saved)
-        self._saving = threading.Lock()
+        self._saved = dict(self._known)
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
         """Return the model's needs, all of the budget if unknown, and their source."""
@@ -4190,7 +4178,6 @@ class Needs:
         with self._saving:
             rows = {key: row for key, row in [*self._known.items()]
                     if row.amounts and row.source != "out of memory"}
-            rows = {**self._saved, **rows}
             if rows == self._saved:
                 return
             self._saved = rows
@@ -4235,13 +4222,13 @@ LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be s
 LOOK_EVERY = 1.0  # s, at most, unless a model is new
 GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
 GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
-    rb"\0([\w-]+\.\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
+    rb"\0[\w-]+\.(\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
 )
 
 
 def read_gguf(path: str) -> Dict[str, int]:
-    """Return the 32-bit numbers and the flags by key in the metadata of a GGUF file,
-    those before its tokenizer. A file that is no GGUF has none."""
+    """Return 32-bit numbers and flags among the metadata of a GGUF file, those before
+    its tokenizer, by the last word of their keys. Another file has none."""
     head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(GGUF_HEAD).partition(b"tokenizer.")[0]
@@ -4310,10 +4297,10 @@ class Inspector:
         header = self._header(model, options.get("--model", ""))
         projector = self._header(model, options.get("--mmproj", ""))
         for encoder, name in (("vision", "image"), ("audio", "audio")):
-            if projector.get(f"clip.has_{encoder}_encoder"):
+            if projector.get(f"has_{encoder}_encoder"):
                 inputs.append(name)
-        trained = [header[key] for key in header if key.endswith(".context_length")]
-        meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained and trained[0]}
+        trained = header.get("context_length")
+        meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
         return Details(argv, model.preset(table), options, problem, inputs, meta)
