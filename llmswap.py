@@ -3993,8 +3993,7 @@ def size_of_files(words: List[str], folder: str, options=MODEL_OPTIONS) -> int:
     all shards of those of which they name the first."""
     named = {after for word, after in zip(words, words[1:]) if word in options}
     paths = [glob.escape(os.path.join(folder, path)) for path in named]
-    first = re.compile(r"-00001-of-(\d{5}\.gguf)$")
-    patterns = [first.sub(r"-?????-of-\1", path) for path in paths]
+    patterns = [re.sub(r"-00001(-of-\d{5}\.gguf)$", r"-?????\1", p) for p in paths]
     files = itertools.chain.from_iterable(map(glob.iglob, patterns))
     return sum(map(os.path.getsize, filter(os.path.isfile, files)))
 
