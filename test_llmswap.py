@@ -2423,10 +2423,7 @@ def test_a_stop_takes_no_longer_than_it_may(begin, flags, keys, is_loaded, least
     assert not has_group(watched.backend.pid)
 
 
-@pytest.mark.parametrize("has_pidfd", [True, False])
-def test_workers_that_outlive_their_leader_are_killed(begin, monkeypatch, has_pidfd):
-    if not has_pidfd:
-        monkeypatch.delattr(os, "pidfd_open")
+def test_workers_that_outlive_their_leader_are_killed(begin):
     watched = begin("--grandchild")  # a child that holds its output open
     backend = watched.loaded()
     stats = get(backend.port, "/stats")
