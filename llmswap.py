@@ -9013,8 +9013,8 @@ class Application:
         self._config = config
         self._cached = config.cached
         self._file_watch = file_watch
-        self._signals, self._wakeup = socket.socketpair()
-        self._received = set()  # numbers of signals; 0 once `_close` is done
+        # Numbers of signals, a byte each, and 0 once `_close` is done.
+        self._signals, self._wakeup = os.pipe()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
@@ -9025,10 +9025,10 @@ class Application:
 
     def run(self) -> int:
         """Serve until a signal ends it; return the exit status."""
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._received.add(number))
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
@@ -9050,13 +9050,10 @@ class Application:
         return 0
 
     def _next_signal(self, timeout: float) -> Optional[int]:
-        """Return the next signal's number, 0 once `_close` is done, or None after
-        `timeout`."""
-        if not self._received:
-            self._signals.settimeout(min(timeout, MAX_WAIT))
-            with contextlib.suppress(socket.timeout, BlockingIOError):
-                self._signals.recv(4096)
-        return self._received.pop() if self._received else None
+        """Return the next signal's number, 0 at the end of `_close`, or None."""
+        if await_event(self._signals, select.POLLIN, min(timeout, MAX_WAIT)):
+            return os.read(self._signals, 1)[0]
+        return None
 
     def _open_listeners(self):
         """Return the listening sockets; none if llmswap answers at one of the addresses
@@ -9232,9 +9229,7 @@ class Application:
         deadline = time.monotonic() + REFUSAL_SECONDS
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._received.add(0)
-        with contextlib.suppress(BlockingIOError):  # if it is full, that wakes it, too
-            self._wakeup.send(b"\0")  # wakes `_next_signal`
+        os.write(self._wakeup, b"\0")
 
 
 if __name__ == "__main__":
