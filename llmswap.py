@@ -6693,18 +6693,15 @@ def metrics_text(
     """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
     `born`, in Unix time."""
     lines, cells = [], collections.defaultdict(list)
-    numbers = {("swaps",): 0, ("born",): born, **metrics}
-    numbers.update(_gauges(models, budget))
+    numbers = {("swaps",): 0, ("born",): born, **metrics, **_gauges(models, budget)}
     for (source, *values), number in numbers.items():
         cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        labels = labels or ["model"]
-        samples = cells[source]
-        if kind == "histogram":
-            labels.append("le")
-            samples = _buckets(metrics, source)
+        labels = labels or ["model", "le"]
+        is_histogram = kind == "histogram"
+        samples = _buckets(metrics, source) if is_histogram else cells[source]
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -6761,7 +6758,7 @@ _STYLE = r"""
   --sleeping: light-dark(#5a53c4, #a5a0f5); --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], dl:empty { display: none !important; }
+[hidden], dl:empty, main section:has(ul:empty) { display: none !important; }
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px; overflow-wrap: anywhere;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
@@ -6893,9 +6890,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .rest .state { grid-column: 2 / -1; text-align: left; }
   h3 small { display: block; margin: 0; }
 }
-@media (max-width: 620px) {
-  .rest [data-do=log] { display: none; }
-}
+@media (max-width: 620px) { .rest [data-do=log] { display: none; } }
 """
 
 _SCRIPT = r"""
@@ -6937,25 +6932,24 @@ function shortDuration(seconds) {
   return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
 }
 
-// ---- Elements: empty ones are hidden; equal text is not set again (a selection) ----
+// ---- Elements ----
 
-const show = (element, isShown) => { element.hidden = !isShown; };
+const partsOf = (row) => (name) => row.querySelector(`[data-part=${name}]`);
+
+// Set texts by name, and hide what is empty or false. Equal text is not set again, which
+// would undo a selection.
+function fill(find, parts) {
+  for (const [name, part] of Object.entries(parts)) {
+    const element = find(name), isNew = element.textContent !== part;
+    if (typeof part === "string" && isNew) element.textContent = part;
+    element.hidden = !part;
+  }
+}
 
 function make(tag, ...children) {
   const element = document.createElement(tag);
   element.append(...children);
   return element;
-}
-
-function setText(element, text) {
-  if (element.textContent !== `${text || ""}`) element.textContent = text || "";
-  show(element, text);
-}
-
-function setTexts(element, texts) {
-  for (const [name, text] of Object.entries(texts)) {
-    setText(element.querySelector(`[data-text=${name}]`), text);
-  }
 }
 
 function paintRows(ul, template, items, paintRow) {
@@ -6973,18 +6967,21 @@ function paintRows(ul, template, items, paintRow) {
   });
 }
 
-function paintFacts(dl, facts) {
+function paintList(parent, items, makeChild) {
+  if (parent.dataset.items === `${items}`) return;
+  parent.dataset.items = items;
+  parent.replaceChildren(...items.map(makeChild));
+}
+
+function paintFacts(row, facts) {
   const shown = Object.entries(facts).filter(([, fact]) => fact);
-  if (dl.dataset.shown === `${shown}`) return;
-  dl.dataset.shown = shown;
-  dl.replaceChildren(...shown.map(([name, fact]) =>
-    make("div", make("dt", name.replaceAll("_", " ")), make("dd", fact))));
+  paintList(row.querySelector("dl"), shown, ([name, fact]) =>
+    make("div", make("dt", name.replaceAll("_", " ")), make("dd", fact)));
 }
 
 // ---- HTTP; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key");
-let keyPrompt = null; // a promise while the dialog is open
 
 async function request(path, options = {}) {
   for (;;) {
@@ -6995,19 +6992,21 @@ async function request(path, options = {}) {
     const body = await answer.json().catch(() => null);
     const reason = body?.error?.message || `status ${answer.status}`;
     if (answer.status !== 401) throw new Error(reason);
-    if (sent === key) await (keyPrompt ||= askForKey());
+    if (sent === key) await askForKey();
   }
 }
 
 async function askForKey() {
-  if (key) setText($("key-text"), "That key was not accepted.");
-  showConnection("needs a key");
-  $("key").value = "";
-  $("key-dialog").showModal();
-  await new Promise((resolve) => { $("key-dialog").onclose = resolve; });
+  const dialog = $("key-dialog");
+  if (!dialog.open) {
+    if (key) fill($, {"key-text": "That key was not accepted."});
+    showConnection("needs a key");
+    $("key").value = "";
+    dialog.showModal();
+  }
+  await new Promise((close) => dialog.addEventListener("close", close, {once: true}));
   key = $("key").value;
   sessionStorage.setItem("llmswap-key", key);
-  keyPrompt = null;
 }
 
 function post(path, value, signal) {
@@ -7041,7 +7040,7 @@ let stream = new AbortController();
 let lastByteAt = Date.now();
 
 function showConnection(text) {
-  setText($("connection"), text);
+  fill($, {connection: text});
   $("connection").className = text;
 }
 
@@ -7065,7 +7064,7 @@ function applySnapshot(next) {
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
     const hasChanged = before && before.state !== model.state;
-    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
+    if (hasChanged) fill($, {"live-region": `${id} ${model.state}`});
   }
   [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
@@ -7098,16 +7097,17 @@ function paint() {
     const [heading, ul] = section.children;
     const group = found.filter((model) => groupOf(model) === section.className);
     paintRows(ul, "model-row", group, paintModel);
-    setText(heading.lastElementChild, group.length);
-    show(section, group.length);
+    heading.lastElementChild.textContent = group.length;
   }
   paintRows($("recent"), "request-row", recent.filter((row) =>
     matches(row.model, row.asked, row.user_agent, row.session)), paintRequest);
   for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
   keepFocus(focused);
-  show($("no-models"), !models.length);
-  setText($("problem"), snapshot.problem);
-  show($("search"), models.length > 1 || $("search").value);
+  fill($, {
+    "no-models": !models.length,
+    problem: snapshot.problem,
+    search: models.length > 1 || $("search").value !== "",
+  });
   paintTotals(own);
   paintBudget(own);
   paintPrompt(models);
@@ -7123,41 +7123,44 @@ function paintTotals(own) {
   const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
   const [rss, vram] = [total("rss"), total("vram")];
   const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
-  setText($("totals"), join([
+  fill($, {totals: join([
     `${names.length} of ${own.length} loaded`,
     requests({running: total("running"), waiting: total("waiting")}),
     rss && `${bytes(rss)} memory`,
     vram && `${bytes(vram)} VRAM`,
-  ]));
+  ])});
   document.title = join([...names, "llmswap"]);
 }
 
 function paintBudget(own) {
-  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
+  const bars = Object.entries(snapshot.budget).map(([name, size]) => {
     const held = own.map(({id, holds}) => [id, holds[name] || 0]);
     const free = held.reduce((left, [, amount]) => left - amount, size);
-    const parts = [[name, size], ...held, ["free", free]];
-    return make("p", ...parts.map(([text, amount]) => {
-      const part = make("span", `${text} ${bytes(amount)}`);
-      part.title = part.textContent;
-      part.style.flexGrow = amount / size;
-      show(part, amount > 0);
-      return part;
-    }));
-  }));
+    return [[name, size], ...held, ["free", free]];
+  });
+  paintList($("budget"), bars, (bar) => make("p", ...bar.map(([text, amount]) => {
+    const part = make("span", `${text} ${bytes(amount)}`);
+    part.title = part.textContent;
+    part.style.flexGrow = amount / bar[0][1];
+    part.hidden = amount <= 0;
+    return part;
+  })));
 }
 
 function paintModel(row, model) {
-  const {state, shares, unload_in: left, context_seconds: spared} = model;
+  const {id, state, kind, shares, progress, unload_in: left} = model;
+  const isHeld = groupOf(model) === "held", spared = model.context_seconds;
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
   const needs = Object.entries(model.needs).map(([name, n]) => `${name} ${bytes(n)}`);
+  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
+  const find = partsOf(row);
   row.className = `model ${state}`;
-  setTexts(row, {
-    id: model.id,
+  fill(find, {
+    id,
     aliases: model.aliases.join(", "),
     about: join([
-      {remote: "remote", unit: "systemd unit"}[model.kind],
+      {remote: "remote", unit: "systemd unit"}[kind],
       shares && `shares ${shares}`,
       model.pinned && "pinned",
       needs.length && `needs ${needs.join(", ")} (${model.needs_source})`,
@@ -7167,9 +7170,20 @@ function paintModel(row, model) {
     detail: detailOf(model),
     why,
     lines: lines.join("\n"),
+    progress: state === "loading" && progress !== null,
+    buttons: state !== "unusable",
+    page: !shares && kind === "llama-server" && state === "loaded",
+    log: !shares && kind !== "remote" && (isHeld || model.seconds !== null),
+    main: !shares && (word || "Unload"),
   });
+  find("progress").value = progress || 0;
+  find("page").href = `/upstream/${encodeURIComponent(id.toWellFormed())}/`;
+  find("main").dataset.do = isHeld ? "unload" : "load";
+  find("main").ariaDisabled = state === "unloading";
+  const buttons = find("buttons").children;
+  for (const each of buttons) each.ariaLabel = `${each.textContent} ${id}`;
   const context = join([bytes(model.context), spared && `${duration(spared)} spared`]);
-  paintFacts(row.querySelector("dl"), groupOf(model) === "held" && !shares && {
+  paintFacts(row, isHeld && !shares && {
     "Memory": bytes(model.rss),
     "VRAM": bytes(model.vram),
     "Requests": requests(model) || "none",
@@ -7177,10 +7191,6 @@ function paintModel(row, model) {
     "Saved context": context,
     "Unloads in": left !== null && duration(left - age()),
   });
-  const progress = row.querySelector("progress");
-  show(progress, state === "loading" && model.progress !== null);
-  progress.value = model.progress || 0;
-  paintButtons(row.querySelector(".buttons"), model);
 }
 
 function detailOf(model) {
@@ -7192,19 +7202,6 @@ function detailOf(model) {
   if (state === "unloaded" && model.waiting) return requests(model);
   const saved = context && `${bytes(context)} of context saved`;
   return join([state === "unloaded" && stopped, since && `${since} ago`, saved], ", ");
-}
-
-function paintButtons(buttons, {id, state, kind, shares, seconds}) {
-  const [page, log, , main] = buttons.children, isHeld = groupOf({state}) === "held";
-  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  page.href = `/upstream/${encodeURIComponent(id.toWellFormed())}/`;
-  show(page, !shares && kind === "llama-server" && state === "loaded");
-  show(log, !shares && kind !== "remote" && (seconds !== null || isHeld));
-  setText(main, shares ? "" : word || "Unload");
-  main.dataset.do = isHeld ? "unload" : "load";
-  main.ariaDisabled = state === "unloading";
-  for (const each of buttons.children) each.ariaLabel = `${each.textContent} ${id}`;
-  show(buttons, state !== "unusable");
 }
 
 // ---- Buttons, and the log, which scrolls on while its end is visible ----
@@ -7240,7 +7237,7 @@ async function followLog(id) {
     while (lines.childNodes.length > 3000) lines.firstChild.remove();
     if (isAtEnd) lines.scrollTop = lines.scrollHeight;
   };
-  setText($("log-title"), `Log of ${id || "llmswap"}`);
+  fill($, {"log-title": `Log of ${id || "llmswap"}`});
   lines.replaceChildren();
   $("log").showModal();
   $("log").onclose = () => reading.abort();
@@ -7276,17 +7273,19 @@ async function fetchRequests() {
 function paintRequest(row, request) {
   const {id, model, status, client, seconds, user_agent: agent} = request;
   const isRunning = status === null, hasFailed = status >= 400 && status !== 499;
-  const runs = seconds + (Date.now() - recentAt) / 1000;
+  const runs = seconds + (Date.now() - recentAt) / 1000, find = partsOf(row);
   row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
   const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
   const at = new Date(1000 * request.started);
-  setTexts(row, {
+  fill(find, {
     model: model || request.asked || request.path,
     by: join([name, client !== "127.0.0.1" && client]),
     total: isRunning ? duration(runs) : shortDuration(seconds),
     sum: join([at.toLocaleTimeString(), summaryOf(request)]),
+    cancel: isRunning,
   });
-  paintFacts(row.querySelector("dl"), {
+  find("cancel").ariaLabel = `Cancel request ${id} of ${model}`;
+  paintFacts(row, {
     ...request,
     started: at.toLocaleString(),
     method: "",
@@ -7296,9 +7295,6 @@ function paintRequest(row, request) {
     seconds: "", // shown already
     tokens_per_second: speed(request.tokens_per_second),
   });
-  const cancel = row.querySelector("button");
-  cancel.ariaLabel = `Cancel request ${id} of ${model}`;
-  show(cancel, isRunning);
 }
 
 function summaryOf(request) {
@@ -7326,15 +7322,11 @@ let isChosen = false; // the user has chosen a model
 function paintPrompt(models) {
   const usable = models.filter(({state}) => state !== "unusable");
   const loaded = usable.find(({state}) => state === "loaded");
-  show($("prompt"), usable.length);
   const ids = usable.map(({id}) => id), before = $("model").value;
-  if ($("model").dataset.ids !== `${ids}`) {
-    $("model").dataset.ids = ids;
-    $("model").replaceChildren(...ids.map((id) => new Option(id)));
-    if (ids.includes(before)) $("model").value = before;
-  }
+  paintList($("model"), ids, (id) => new Option(id));
+  if (ids.includes(before)) $("model").value = before;
   if (loaded && !isChosen && !chatAbort) $("model").value = loaded.id;
-  setText($("send"), chatAbort ? "Stop" : "Send");
+  fill($, {prompt: usable.length > 0, send: chatAbort ? "Stop" : "Send"});
   $("send").className = chatAbort ? "" : "main";
   $("answer").ariaBusy = Boolean(chatAbort);
 }
@@ -7343,9 +7335,8 @@ async function send() {
   const content = $("text").value.trim(), model = $("model").value;
   if (!content || chatAbort) return;
   chatAbort = new AbortController();
-  for (const name of ["thought", "reply", "error"]) setText($(name), "");
-  show($("answer"), true);
-  setText($("stats"), `waiting for ${model}`);
+  const stats = `waiting for ${model}`;
+  fill($, {answer: true, stats, thought: "", reply: "", error: ""});
   paint();
   const {signal} = chatAbort, messages = [{role: "user", content}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
@@ -7359,10 +7350,9 @@ async function send() {
       appendText("thought", delta?.reasoning_content || delta?.reasoning);
       appendText("reply", delta?.content);
     }
-    setText($("stats"), $("stats").textContent && "an empty answer");
-  } catch (error) {
-    setText($("stats"), signal.aborted && "stopped");
-    setText($("error"), !signal.aborted && error.message);
+    fill($, {stats: $("stats").textContent && "an empty answer"});
+  } catch ({message}) {
+    fill($, signal.aborted ? {stats: "stopped"} : {stats: "", error: message});
   }
   chatAbort = null;
   paint();
@@ -7370,9 +7360,8 @@ async function send() {
 
 function appendText(name, text) {
   if (!text) return;
-  setText($("stats"), "");
+  fill($, {stats: "", [name]: true});
   $(name).append(text);
-  show($(name), true);
 }
 
 $("send").addEventListener("click", () => (chatAbort ? chatAbort.abort() : send()));
@@ -7406,10 +7395,9 @@ STATUS_PAGE = """<!doctype html>
   <main>
     <p id="problem" role="alert" hidden></p>
     <div id="budget"></div>
-    <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
-    <section class="broken" hidden>
-      <h2>Needs attention <small></small></h2><ul></ul></section>
-    <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
+    <section class="held"><h2>In memory <small></small></h2><ul></ul></section>
+    <section class="broken"><h2>Needs attention <small></small></h2><ul></ul></section>
+    <section class="rest"><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
   </main>
@@ -7451,21 +7439,21 @@ STATUS_PAGE = """<!doctype html>
   <li>
     <span class="dot" aria-hidden="true"></span>
     <div>
-      <h3><span data-text="id"></span> <small data-text="aliases"></small></h3>
-      <p class="about" data-text="about"></p>
+      <h3><span data-part="id"></span> <small data-part="aliases"></small></h3>
+      <p class="about" data-part="about"></p>
     </div>
-    <p class="state"><b data-text="state"></b> <span data-text="detail"></span></p>
-    <div class="buttons">
-      <a class="plain" target="_blank" rel="noreferrer">Web UI</a>
-      <button class="plain" data-do="log">Log</button>
+    <p class="state"><b data-part="state"></b> <span data-part="detail"></span></p>
+    <div class="buttons" data-part="buttons">
+      <a class="plain" data-part="page" target="_blank" rel="noreferrer">Web UI</a>
+      <button class="plain" data-part="log" data-do="log">Log</button>
       <button class="plain" data-do="prompt">Prompt</button>
-      <button></button>
+      <button data-part="main"></button>
     </div>
-    <progress max="1" aria-label="Progress"></progress>
+    <progress data-part="progress" max="1" aria-label="Progress"></progress>
     <dl></dl>
     <div class="why">
-      <p data-text="why"></p>
-      <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
+      <p data-part="why"></p>
+      <pre data-part="lines" aria-label="Last lines" tabindex="0"></pre>
     </div>
   </li>
 </template>
@@ -7474,12 +7462,12 @@ STATUS_PAGE = """<!doctype html>
     <span class="dot" aria-hidden="true"></span>
     <details>
       <summary>
-        <b data-text="model"></b> <span class="by" data-text="by"></span>
-        <span data-text="total"></span> <span class="sum" data-text="sum"></span>
+        <b data-part="model"></b> <span class="by" data-part="by"></span>
+        <span data-part="total"></span> <span class="sum" data-part="sum"></span>
       </summary>
       <dl></dl>
     </details>
-    <button data-do="cancel">Cancel</button>
+    <button data-part="cancel" data-do="cancel">Cancel</button>
   </li>
 </template>
 <script>{script}</script>
