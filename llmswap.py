@@ -8999,7 +8999,6 @@ class Application:
         self._args = args
         self._load = load  # returns the Config of the file as it is now
         self._config = config
-        self._cached = config.cached
         self._file_watch = file_watch
         # Numbers of signals, a byte each, and 0 once `_close` is done.
         self._signals, self._wakeup = os.pipe()
@@ -9032,8 +9031,8 @@ class Application:
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
         start_thread(self._notifier.watch, "systemd", self.server)
-        if not self._cached:  # it may not have answered in time
-            start_thread(self._refresh_cached_models, "cache")
+        if self._config.settings.cache_models and not self._config.cached:
+            start_thread(self._try_reload, "cache")  # it may not have answered in time
         self._shut_down(self._await_shutdown())
         return 0
 
@@ -9111,17 +9110,12 @@ class Application:
                 self.log("warning", f"{model.name} cannot be used: {model.problem}")
         start_thread(self._log_models, "models", config)
 
-    def _refresh_cached_models(self):
-        """List the models in llama.cpp's cache, and reload if they have changed."""
-        settings = self._config.settings
-        if settings.cache_models:
-            cached = cached_models(settings.llama_server)
-            if not cached:
-                command = f"{settings.llama_server} --cache-list"
-                self.log("warning", f"cache-models: {command} shows no model")
-            if cached is not None and [*cached] != [*self._cached]:
-                self._cached = cached
-                self._try_reload()
+    def _list_cached(self, binary):
+        """Return the models in llama.cpp's cache; as before, if the binary fails."""
+        cached = cached_models(binary)
+        if not cached:
+            self.log("warning", f"cache-models: {binary} --cache-list shows no model")
+        return self._config.cached if cached is None else cached
 
     def reload(self):
         """Read the file again and use it. Raise an APIError with the reason if it is
@@ -9129,7 +9123,7 @@ class Application:
         with self._reload_lock:
             self._file_watch.mark()
             try:
-                config = self._load(list_cached=lambda _: self._cached)
+                config = self._load(list_cached=self._list_cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None
@@ -9141,7 +9135,6 @@ class Application:
             self.pool.reload(config)
             self._take_over(config)
             self._is_reloaded.set()
-            start_thread(self._refresh_cached_models, "cache")
             self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
