@@ -8404,7 +8404,7 @@ MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 
 
-class Log:
+class Log(logging.handlers.QueueListener):
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
     `log(level, text)`, with debug, info, warning or error as the level. Lines begin
@@ -8414,17 +8414,16 @@ class Log:
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
     def __init__(self):
+        super().__init__(queue.SimpleQueue())
         self.feed = Broadcast(2000)
         stderr = os.fstat(2)
         stream = f"{stderr.st_dev}:{stderr.st_ino}"
         self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
-        records = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(records, self)
-        self._listener.start()
-        self._handler = logging.handlers.QueueHandler(records)
+        self._handler = logging.handlers.QueueHandler(self.queue)
         self._logger = logging.Logger("llmswap")
         self._logger.addHandler(self._handler)
         self.set_level("info")
+        self.start()
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
@@ -8434,7 +8433,7 @@ class Log:
         self._logger.log(getattr(logging, level.upper()), text)
 
     def handle(self, record: logging.LogRecord):
-        """Write a record, on the listener's thread. Its further lines are indented, so
+        """Write a record, on a thread of its own. Its further lines are indented, so
         that none looks like another record."""
         text = printable(record.getMessage()).replace("\n", "\n  ")
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -8448,7 +8447,7 @@ class Log:
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        start_thread(self._listener.stop, "log").join(1.0)
+        start_thread(self.stop, "log").join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8917,8 +8916,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return check(config)
     if args.units:
         print(units_for(config), end="")
-        return 0
-    return Application(args, load, config, file_watch).run()
+    else:
+        Application(args, load, config, file_watch).run()
+    return 0
 
 
 NO_MODELS = """\
@@ -9010,8 +9010,8 @@ class Application:
         self.log = Log()
         self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
-    def run(self) -> int:
-        """Serve until a signal ends it; return the exit status."""
+    def run(self):
+        """Serve until a signal ends it, unless llmswap does so already."""
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -9020,7 +9020,7 @@ class Application:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         listeners = self._open_listeners()
         if not listeners:
-            return 0
+            return
         self.pool = Pool(self._config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -9034,7 +9034,6 @@ class Application:
         if self._config.settings.cache_models and not self._config.cached:
             start_thread(self._try_reload, "cache")  # it may not have answered in time
         self._shut_down(self._await_shutdown())
-        return 0
 
     def _next_signal(self, timeout: float) -> Optional[int]:
         """Return the next signal's number, 0 at the end of `_close`, or None."""
