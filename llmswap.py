@@ -8505,14 +8505,14 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(1.0)  # until other connections have ended
             raise
 
-    def process_request(self, request, client_address):
-        """Serve the connection on a new thread, or refuse it."""
+    def verify_request(self, request, client_address):
+        """Return whether the connection is to be served; else refuse it."""
         if len(self._connections) < self.max_connections:
             self._connections.add(request)
-            return super().process_request(request, client_address)
+            return True
         reason = f"{self.max_connections} connections are open already"
         refuse_connection(request, reason)
-        self.shutdown_request(request)
+        return False
 
     def shutdown_request(self, request):
         """Close a connection that was served or refused."""
@@ -8818,17 +8818,15 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, unknown = [], set()
+    models, unusable = config.models.values(), []
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
         budget = with_machine_budget(budget, machine_budget())
         print(f"budget {resources_text(budget)}", end="\n\n")
-    for model in config.models.values():
+    for model in models:
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if table_of(model) is UNKNOWN_OPTIONS:
-            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -8841,11 +8839,12 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(unknown):
+    unknown = [each for each in models if table_of(each) is UNKNOWN_OPTIONS]
+    for binary in sorted({each.settings.llama_server for each in unknown}):
         print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
-    count = f"{len(unusable)} of {len(config.models)} models cannot be used"
+    count = f"{len(unusable)} of {len(models)} models cannot be used"
     text = f"{count}: {', '.join(unusable)}" if unusable else "no errors"
     print(printable(text))
     return 2 if unusable else 0
