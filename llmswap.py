@@ -8916,7 +8916,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.units:
         print(units_for(config), end="")
     else:
-        Application(args, load, config, file_watch).run()
+        Application(args, load, file_watch).run(config)
     return 0
 
 
@@ -8994,10 +8994,9 @@ class FileWatch:
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, load: Callable, config: Config, file_watch):
+    def __init__(self, args, load: Callable, file_watch: FileWatch):
         self._args = args
         self._load = load  # returns the Config of the file as it is now
-        self._config = config
         self._file_watch = file_watch
         # Numbers of signals, a byte each, and 0 once `_close` is done.
         self._signals, self._wakeup = os.pipe()
@@ -9007,9 +9006,8 @@ class Application:
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
-    def run(self):
+    def run(self, config: Config):
         """Serve until a signal ends it, unless llmswap does so already."""
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
@@ -9017,20 +9015,21 @@ class Application:
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        listeners = self._open_listeners()
+        listeners = self._open_listeners(config.settings.listen)
         if not listeners:
             return
-        self.pool = Pool(self._config, self.log)
+        self._set_log_level(config)
+        self.pool = Pool(config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
         self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        self._take_over(self._config)
+        start_thread(self._log_models, "models", config)
         self.pool.start()
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
         start_thread(self._notifier.watch, "systemd", self.server)
-        if self._config.settings.cache_models and not self._config.cached:
+        if config.settings.cache_models and not config.cached:
             start_thread(self._try_reload, "cache")  # it may not have answered in time
         self._shut_down(self._await_shutdown())
 
@@ -9040,7 +9039,7 @@ class Application:
             return os.read(self._signals, 1)[0]
         return None
 
-    def _open_listeners(self):
+    def _open_listeners(self, addresses):
         """Return the listening sockets; none if llmswap answers at one of the addresses
         already. Raise OSError if an address cannot be used."""
         listeners = passed_listeners(os.environ)
@@ -9050,7 +9049,7 @@ class Application:
         if os.environ.get("LISTEN_FDS"):
             text = "systemd passed its sockets to another process: start llmswap "
             print(f"{text}without a shell around it, or with exec", file=sys.stderr)
-        for address in self._config.settings.listen:
+        for address in addresses:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
@@ -9064,8 +9063,14 @@ class Application:
         return listeners
 
     def _log_models(self, config):
-        """Log what may go wrong with the models, each reason once. It may take long, as
-        it asks llama-server for its options and looks for files."""
+        """Log the models, and what may go wrong with them. It may take long, as it asks
+        llama-server for its options and looks for files."""
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
+        for warning in config.warnings:
+            self.log("warning", warning)
+        for model in config.models.values():
+            if model.problem:
+                self.log("warning", f"{model.name} cannot be used: {model.problem}")
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
@@ -9089,7 +9094,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._config.settings.watch:
+        if self.pool.config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9098,22 +9103,16 @@ class Application:
         except (APIError, RuntimeError) as problem:  # no more threads can be started
             self.log("error", str(problem))
 
-    def _take_over(self, config):
-        self._config = config
-        self.log("info", f"models: {', '.join(config.models) or 'none'}")
-        for warning in config.warnings:
-            self.log("warning", warning)
-        for model in config.models.values():
-            if model.problem:
-                self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        start_thread(self._log_models, "models", config)
+    def _set_log_level(self, config):
+        is_verbose = self._args.verbose
+        self.log.set_level("debug" if is_verbose else config.settings.log_level)
 
     def _list_cached(self, binary):
         """Return the models in llama.cpp's cache; as before, if the binary fails."""
         cached = cached_models(binary)
         if not cached:
             self.log("warning", f"cache-models: {binary} --cache-list shows no model")
-        return self._config.cached if cached is None else cached
+        return self.pool.config.cached if cached is None else cached
 
     def reload(self):
         """Read the file again and use it. Raise an APIError with the reason if it is
@@ -9126,18 +9125,17 @@ class Application:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None
             self.config_error = None
-            if config.settings.listen != self._config.settings.listen:
+            if config.settings.listen != self.pool.config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
+            self._set_log_level(config)
             self.pool.reload(config)
-            self._take_over(config)
+            start_thread(self._log_models, "models", config)
             self._is_reloaded.set()
             self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
-        limit = self._config.settings.exit_idle_time
+        limit = self.pool.config.settings.exit_idle_time
         if not limit or not self._is_activated:
             return math.inf
         since = [self.pool.inactive_since(), self.server.inactive_since()]
@@ -9148,7 +9146,7 @@ class Application:
     def _idle_command_loop(self):
         ran_at = -math.inf
         while not self.server.is_closing:
-            settings, idle_since = self._config.settings, self.pool.idle_since()
+            settings, idle_since = self.pool.config.settings, self.pool.idle_since()
             now, limit = time.monotonic(), settings.idle_command_after
             if not (limit and settings.idle_command):
                 limit = math.inf
