@@ -6936,8 +6936,8 @@ function shortDuration(seconds) {
 
 const partsOf = (row) => (name) => row.querySelector(`[data-part=${name}]`);
 
-// Set texts by name, and hide what is empty or false. Equal text is not set again, which
-// would undo a selection.
+// Set texts by name, and hide what is empty or false. An equal text is not set again,
+// which would undo a selection.
 function fill(find, parts) {
   for (const [name, part] of Object.entries(parts)) {
     const element = find(name), isNew = element.textContent !== part;
