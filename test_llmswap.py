@@ -2469,9 +2469,7 @@ def test_a_flood_of_output_neither_blocks_it_nor_fills_the_memory(begin, tmp_pat
     assert max(map(len, watched.backend.lines)) <= llmswap.MAX_LINE
 
 
-def test_a_process_that_left_the_group_and_floods_the_output_delays_nothing(
-    begin, tmp_path
-):
+def test_a_process_that_left_the_group_delays_nothing_by_a_flood(begin, tmp_path):
     pid = tmp_path / "pid"
     text = f"setsid sh -c 'echo $$ >{pid}; exec yes' &\n"
     text += f"while [ ! -s {pid} ]; do sleep 0.01; done; exit 4"
@@ -2600,9 +2598,7 @@ def test_a_stranger_on_the_chosen_port_hears_nothing(
     assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
 
 
-def test_a_port_may_be_found_taken_when_its_server_has_ended(
-    begin, stranger, tmp_path, monkeypatch
-):
+def test_a_taken_port_is_found_after_an_exit(begin, stranger, tmp_path, monkeypatch):
     dial = llmswap.Upstream.dial
 
     def dial_others(upstream, timeout):
@@ -2610,8 +2606,8 @@ def test_a_port_may_be_found_taken_when_its_server_has_ended(
             raise ConnectionRefusedError
         return dial(upstream, timeout)
 
-    stranger.listen()
     monkeypatch.setattr(llmswap.Upstream, "dial", dial_others)
+    stranger.listen()
     text = f"PORT=$1\n[ $1 != {stranger.port} ] || exit 1\nexec {fake_command()}"
     assert begin(cmd=script(tmp_path, text)).loaded().port != stranger.port
 
@@ -2660,14 +2656,10 @@ def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tm
     keys = kind_keys("llama-server", tmp_path)
     backend = begin(**keys, hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port)
-    backend.upstream.connect()[0].close()
     os.kill(backend.pid, order_to("deaf"))  # it lives on
     eventually(lambda: not is_listening(backend.port))
-    with pytest.raises(ConnectionRefusedError):
-        backend.upstream.connect()
     stranger.listen()
-    # The port is open, but to the stranger. A request is found silent again and again.
-    eventually(lambda: backend.report_stall() or backend.died(0))
+    eventually(lambda: backend.report_stall() or backend.died(0))  # as a request does
     assert stranger.heard() == b""
 
 
@@ -2696,9 +2688,7 @@ def test_a_fixed_port_held_by_a_stranger_is_told(begin, monkeypatch):
     assert stranger.heard() == b""
 
 
-def test_a_line_written_at_every_check_does_not_make_checks_endless(
-    begin, monkeypatch
-):
+def test_a_line_at_every_check_does_not_make_checks_endless(begin, monkeypatch):
     probes, probe = [], llmswap.Backend._probe
     count = lambda *words: probes.append(words) or probe(*words)  # noqa: E731
     monkeypatch.setattr(llmswap.Backend, "_probe", count)
