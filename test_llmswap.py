@@ -2181,10 +2181,7 @@ def guard():
 
 @pytest.fixture
 def begin(guard, tmp_path):
-    """Start a backend of a model [m]: flags of the fake server, keys of the section.
-
-    Backends that are left at the end are killed.
-    """
+    """Start a backend of a model [m]: flags of the fake server, keys of the section."""
     all_watched = []
 
     def begin(*flags, **keys):
@@ -2653,8 +2650,7 @@ def test_a_listener_of_a_child_whose_first_thread_has_ended_is_its_own(begin, tm
 
 
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
-    keys = kind_keys("llama-server", tmp_path)
-    backend = begin(**keys, hang_timeout=0.3).loaded()
+    backend = begin(**kind_keys("llama-server", tmp_path), hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port)
     os.kill(backend.pid, order_to("deaf"))  # it lives on
     eventually(lambda: not is_listening(backend.port))
