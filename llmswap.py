@@ -7755,9 +7755,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send_text(self, text, content_type=TEXT_TYPE):
         self.response.answer(text.encode(), 200, content_type)
 
-    def _stream(self, next_item, render):
+    def _stream(self, next_item, content_type="text/event-stream", render=as_event):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
         and returns None after POLL_INTERVAL."""
+        self.response.start_stream(content_type)
         self.response.flush()
         while not self.server.is_closing and self.head.method != "HEAD":
             item = next_item()
@@ -7892,8 +7893,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_stream()
-            return self._stream(self._snapshots().__next__, as_event)
+            return self._stream(self._snapshots().__next__)
         self.response.answer(
             STATUS_PAGE.encode(),
             200,
@@ -7911,7 +7911,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, models = revision, self._statuses()
+            seen = revision
+            models = [status for status, _ in self._statuses(with_memory=True)]
             is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             yield {
@@ -7923,18 +7924,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        figures = self.pool.metrics(), self.pool.budget, self.server.born
-        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
+        statuses, pool = self.pool.statuses(with_memory=True), self.pool
+        text = metrics_text(statuses, pool.metrics(), pool.budget, self.server.born)
+        self._send_text(text, METRICS_TYPE)
 
-    def _details(self):
-        return self.pool.inspector.details_of([*self.config.models.values()])
-
-    def _statuses(self):
-        details, models = self._details(), []
-        for status in self.pool.statuses(with_memory=True):
-            known = details.get(status.shares or status.id, Details())
-            models.append(with_known_problem(status, known))
-        return models
+    def _statuses(self, with_memory=False):
+        """Yield the status of each model, if unloaded with the reason why a load would
+        fail, and the Details of the backend that it uses."""
+        config = self.config = self.pool.config
+        details = self.pool.inspector.details_of([*config.models.values()])
+        for status in self.pool.statuses(with_memory):
+            if status.id in details:  # else a reload has just added it
+                known = details.get(status.shares, details[status.id])
+                if status.state == "unloaded" and not status.failure:
+                    status = status._replace(failure=known.problem)
+                yield status, known
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -7944,20 +7948,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_no_foreign_page()
             self.server.application.reload()
             self.config = self.pool.config
-        listed = [m for m in self.config.models.values() if not m.settings.unlisted]
+        models = self.config.models.values()
+        listed = {model.name for model in models if not model.settings.unlisted}
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
         model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entries([model])[0])
+        self._send_json(self._model_entries([model.name])[0])
 
-    def _model_entries(self, models):
-        details, born, entries = self._details(), self.server.born, []
-        for model in models:
-            status = self.pool.status(model)
-            owner = self.config.models.get(status.shares, model)
-            entries.append(model_entry(model, owner, status, details[owner.name], born))
-        return entries
+    def _model_entries(self, names):
+        return [
+            model_entry(self.config.models, status, details, self.server.born)
+            for status, details in self._statuses()
+            if status.id in names
+        ]
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
@@ -8005,19 +8009,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self._details()
         running = [
             {
                 "model": status.id,
                 "state": words.get(status.state, status.state),
-                "cmd": shlex.join(shown_command(details[status.id], status)),
+                "cmd": shlex.join(shown_command(details, status)),
                 "proxy": self.config.models[status.id].url(str(status.port)),
                 "ttl": int(self.config.models[status.id].settings.idle_timeout),
                 "name": status.id,
                 "description": status.description,
             }
-            for status in self.pool.statuses()
-            if status.id in details and status.state != "unloaded" and not status.shares
+            for status, details in self._statuses()
+            if status.state != "unloaded" and not status.shares
         ]
         self._send_json({"running": running})
 
@@ -8036,8 +8039,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_stream()
-            self._stream(lambda: get(POLL_INTERVAL), as_event)
+            self._stream(functools.partial(get, POLL_INTERVAL))
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
@@ -8048,8 +8050,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = self.pool.status(self._resolve(percent_decoded(name)))
             feed = self.pool.output_of(status.shares or status.id)
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start_stream(TEXT_TYPE[1])
-            self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
+            next_line = functools.partial(get, POLL_INTERVAL)
+            self._stream(next_line, TEXT_TYPE[1], lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
 
@@ -8305,19 +8307,13 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
-def with_known_problem(status: ModelStatus, details: Details) -> ModelStatus:
-    """Return the status; if unloaded, with the known reason why a load would fail."""
-    if status.state != "unloaded" or status.failure or not details.problem:
-        return status
-    return status._replace(failure=details.problem)
-
-
 def model_entry(
-    model: Model, owner: Model, status: ModelStatus, details: Details, created: int
+    models: Mapping[str, Model], status: ModelStatus, details: Details, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-    `details` are those of `owner`, whose backend the model uses."""
-    status = with_known_problem(status, details)
+    `details` are those of the model whose backend it uses."""
+    model = models[status.id]
+    owner = models.get(status.shares, model)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**details.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
@@ -8327,37 +8323,36 @@ def model_entry(
     architecture = status.entry.get("architecture", architecture)
     is_llama = owner.kind == "llama-server"
     entry = {
+        **status.entry,
         "id": model.name,
         "aliases": sorted(model.aliases),
         "tags": sorted(parse_words(details.options.get("--tags", ""))),
         "object": "model",
         "owned_by": "llamacpp" if is_llama else "llmswap",
         "created": created,
-        "status": _shown_status(model, status, details),
+        "status": _shown_status(status, details),
         "architecture": architecture,
         "source": model.source,
         "can_remove": model.source == "cache",
         "meta": meta,
         "capabilities": _capabilities(abilities, architecture, details, is_llama),
     }
-    context = meta.get("n_ctx") or meta.get("n_ctx_train")
-    if context:
-        entry["context_length"] = context
-    if status.needs:
-        entry["needs"] = {**status.needs, "source": status.needs_source}
-    if model.settings.description:
-        entry["description"] = model.settings.description
-    return {**status.entry, **entry}
+    more = {
+        "context_length": meta.get("n_ctx") or meta.get("n_ctx_train"),
+        "needs": status.needs and {**status.needs, "source": status.needs_source},
+        "description": status.description,
+    }
+    return {**entry, **{name: value for name, value in more.items() if value}}
 
 
-def _shown_status(model, status, details):
+def _shown_status(status, details):
     shown = {
         "value": "loaded" if status.state == "unloading" else status.state,
         "args": shown_command(details, status),
     }
     if details.preset:
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", details.preset)
-    problem = model.problem or status.failure
+    problem = status.unusable or status.failure
     if problem and status.state == "unloaded":
         code = exit_code_of(status.failure) if status.failure else 1
         shown.update(failed=True, exit_code=code, error=str(problem))
