@@ -5299,6 +5299,7 @@ HOP_BY_HOP = frozenset(
 )
 
 SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
+JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 Headers = List[Tuple[str, str]]
 
 
@@ -5896,24 +5897,35 @@ class ClientResponse:
         sent = b"\n\n" + self.excerpt
         return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    def _error_event(self, body):
-        """Return an event that the client's SDK raises as this error."""
-        if not self.is_for_anthropic:
-            return as_event(body)
-        return b"event: error\n" + as_event({"type": "error", **body})
+    def _error_body(self, problem, error=None):
+        """Return the problem, or an error of the backend, as the client's SDK expects
+        it: OpenAI's or Anthropic's."""
+        more = {"type": problem.type, "param": problem.param, "code": problem.code}
+        body = {"error": error or {"message": str(problem), **more}}
+        return {"type": "error", **body} if self.is_for_anthropic else body
 
-    def abort(self, problem: APIError, body: Optional[dict] = None):
+    def answer_error(self, problem: APIError, *headers: Tuple[str, str]):
+        """Send a whole response of our own that reports a problem."""
+        if problem.retry_after is not None:
+            headers += (("retry-after", str(math.ceil(problem.retry_after))),)
+        if problem.may_retry is not None:
+            headers += (("x-should-retry", str(problem.may_retry).lower()),)
+        payload = to_json(self._error_body(problem))
+        self.answer(payload, problem.status, JSON_TYPE, *headers)
+
+    def abort(self, problem: APIError, error: Optional[dict] = None):
         """End a response that broke off so that the client notices.
 
-        Between two events it gets one more, with `body` or the problem. Then the
-        connection is closed before the end of the response, by a reset if that has
-        neither a length nor chunks. After an early head alone, it ends as usual.
+        Between two events it gets one more, with the backend's `error` or the problem.
+        Then the connection is closed before the end of the response, by a reset if that
+        has neither a length nor chunks. After an early head alone, it ends as usual.
         """
         self.problem = problem
         has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self._error_event(body or error_body(problem)))
+                name = b"event: error\n" if self.is_for_anthropic else b""
+                self.send(name + as_event(self._error_body(problem, error)))
             if self.is_early and not has_payload:
                 return self.end()
             self.flush()
@@ -5922,12 +5934,6 @@ class ClientResponse:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.sock.close()  # after a shutdown() it would end normally
-
-
-def error_body(problem: APIError) -> dict:
-    """Return an error as clients of OpenAI's API expect it."""
-    more = {"type": problem.type, "param": problem.param, "code": problem.code}
-    return {"error": {"message": str(problem), **more}}
 
 
 # -- one request to a backend, one answer back -----------------------------------------
@@ -6072,11 +6078,10 @@ def _pass_on_as_event(answer, response):
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
     problem.status = answer.status if answer.status >= 400 else 502  # as it is counted
-    body = None
+    error = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else None
-    response.abort(problem, body)
+    response.abort(problem, error if isinstance(error, dict) else None)
 
 
 def _tunnel(answer, response):
@@ -7529,7 +7534,6 @@ OLLAMA_PATH = re.compile(
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
-JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
@@ -7728,29 +7732,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
         if response.status:
-            response.abort(error)
-        else:
-            self._send_error(error)
-
-    def _send_error(self, error):
+            return response.abort(error)
         headers = []
-        if error.retry_after is not None:
-            headers.append(("retry-after", str(math.ceil(error.retry_after))))
-        if error.may_retry is not None:
-            headers.append(("x-should-retry", str(error.may_retry).lower()))
         if error.status == 401:  # Basic makes a browser ask for it, as a password
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
             headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
-        body = error_body(error)
-        if self.response.is_for_anthropic:
-            body = {"type": "error", **body}
-        self._send_json(body, error.status, *headers)
+        response.answer_error(error, *headers)
 
-    def _send_json(self, value, status=200, *headers):
-        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
+    def _send_json(self, value):
+        self.response.answer(to_json(value), 200, JSON_TYPE)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
         self.response.answer(text.encode(), 200, content_type)
@@ -8568,10 +8561,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    body = to_json(error_body(APIError(reason)))
+    problem = APIError(reason, retry_after=5)
+    problem.status = 503
     with contextlib.suppress(ClientDisconnected):
-        response = ClientResponse(connection, None, [])
-        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
+        ClientResponse(connection, None, []).answer_error(problem)
 
 
 # -- listening -------------------------------------------------------------------------
