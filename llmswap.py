@@ -5497,6 +5497,7 @@ class Request(MessageHead):
     def __init__(self, raw: bytes):
         super().__init__(raw, _REQUEST_LINE, 0)
         self.method = self.start["method"].decode()
+        self.is_safe = self.method in ("GET", "HEAD", "OPTIONS")
         self.target = self.start["target"].decode("latin-1")
         if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
@@ -7522,7 +7523,6 @@ NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting ch
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
@@ -7771,8 +7771,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
         if self.is_on_loopback and not is_allowed:
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
-        is_safe = head.method in SAFE_METHODS and not head.is_upgrade
-        if origin and not is_safe and not self._is_origin_allowed(origin):
+        is_harmless = head.is_safe and not head.is_upgrade
+        if origin and not is_harmless and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin))
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
@@ -7799,14 +7799,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
         if not site:
             return bool(origin) and not self._is_own_origin(origin)
-        is_navigation = head.get("sec-fetch-mode") == "navigate"
-        is_link = is_navigation and head.method in SAFE_METHODS
+        is_link = head.is_safe and head.get("sec-fetch-mode") == "navigate"
         return site not in ("same-origin", "none") and not is_link
 
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
         head, site = self.head, self.head.get("sec-fetch-site")
-        if site == "same-origin" or head.method not in SAFE_METHODS:
+        if site == "same-origin" or not head.is_safe:
             return
         is_browser = site or head.get("user-agent").startswith("Mozilla/")
         origin = head.get("origin") or "/".join(head.get("referer").split("/")[:3])
@@ -7852,11 +7851,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if route:
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
-        for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
-                self.body.hold(SMALL_BODY if methods else 0)
-                rest = path[len(prefix) :]
-                return action(self, rest.rstrip("/") if methods else rest)
+        if path.startswith("/upstream/"):
+            return self.route_upstream(path[len("/upstream/") :])
+        for prefix, allowed, action in PREFIXES:
+            if path.startswith(prefix) and method == allowed:
+                self.body.hold(SMALL_BODY)
+                return action(self, percent_decoded(path[len(prefix) :].rstrip("/")))
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
         url = f"http://{self.head.get('host')}/v1"
@@ -7946,8 +7946,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
-        model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entries([model.name])[0])
+        self._send_json(self._model_entries([self._resolve(name).name])[0])
 
     def _model_entries(self, names):
         return [
@@ -7994,7 +7993,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Unload a model, or all of them, and answer when they are unloaded."""
         self._check_no_foreign_page()
         if name:
-            self.pool.unload(self._resolve(percent_decoded(name)))
+            self.pool.unload(self._resolve(name))
         else:
             self.pool.unload_all("by hand")
         self.pool.await_unloaded(self.response.heartbeat)
@@ -8040,7 +8039,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            status = self.pool.status(self._resolve(percent_decoded(name)))
+            status = self.pool.status(self._resolve(name))
             feed = self.pool.output_of(status.shares or status.id)
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
             next_line = functools.partial(get, POLL_INTERVAL)
@@ -8066,8 +8065,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise a refusal if the model is not loaded, and may not be by this request:
         the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
         foreign page causes a GET that would load the model."""
-        is_safe = self.head.method in SAFE_METHODS
-        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
+        if self.head.is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
         value, not_loaded = self.head.parameter("autoload"), "model is not loaded"
         if value:
@@ -8093,19 +8091,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not path:
             location = f"/upstream/{rest}/{query}"
             return self.response.answer(b"", 308, ("location", location))
-        is_safe, refusal = self.head.method in SAFE_METHODS, None
-        if is_safe and path != "/":
-            text = f"model {model.name!r} is not loaded; only the page itself loads it"
-            refusal = ModelNotLoaded(text)
+        text = f"model {model.name!r} is not loaded; only the page itself loads it"
+        is_asset = self.head.is_safe and path != "/"
+        refusal = ModelNotLoaded(text) if is_asset else None
         self.body.find_model(self.head.get("content-type"), is_needed=False)
-        self._forward(path + query, refusal, preemptible=is_safe)
+        self._forward(path + query, refusal, preemptible=self.head.is_safe)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
         self.body.find_model(self.head.get("content-type"), is_needed=not name)
         name = self.body.model or name
-        if not name and self.head.method in SAFE_METHODS:
+        if not name and self.head.is_safe:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
         self.model = model or self._resolve(name or None)
@@ -8247,12 +8244,11 @@ ROUTES = {
     "/logs": {"GET": Handler.get_logs},
     "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # path, methods (all if there are none), action
-    ("/upstream/", (), Handler.route_upstream),
-    ("/v1/models/", ("GET",), Handler.get_model),
-    ("/logs/stream/", ("GET",), Handler.get_log_stream),
-    ("/api/models/unload/", ("POST",), Handler.unload),
-    ("/api/requests/", ("POST",), Handler.cancel_request),
+PREFIXES = (  # of paths; the action gets the rest of the path
+    ("/v1/models/", "GET", Handler.get_model),
+    ("/logs/stream/", "GET", Handler.get_log_stream),
+    ("/api/models/unload/", "POST", Handler.unload),
+    ("/api/requests/", "POST", Handler.cancel_request),
 )
 
 
