@@ -7905,7 +7905,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 yield None
                 continue
             seen = revision
-            models = [status for status, _ in self._statuses(with_memory=True)]
+            statuses = self.pool.statuses(with_memory=True)
+            models = [status for status, _ in self._with_details(statuses)]
             is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             yield {
@@ -7921,13 +7922,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         text = metrics_text(statuses, pool.metrics(), pool.budget, self.server.born)
         self._send_text(text, METRICS_TYPE)
 
-    def _statuses(self, with_memory=False):
-        """Yield the status of each model, if unloaded with the reason why a load would
-        fail, and the Details of the backend that it uses."""
-        config = self.config = self.pool.config
-        details = self.pool.inspector.details_of([*config.models.values()])
-        for status in self.pool.statuses(with_memory):
-            if status.id in details:  # else a reload has just added it
+    def _with_details(self, statuses):
+        """Yield each status, if unloaded with the reason why a load would fail, and the
+        Details of the model whose backend it uses."""
+        self.config = self.pool.config
+        details = self.pool.inspector.details_of([*self.config.models.values()])
+        for status in statuses:
+            if status.id in details:  # else a reload has just removed it
                 known = details.get(status.shares, details[status.id])
                 if status.state == "unloaded" and not status.failure:
                     status = status._replace(failure=known.problem)
@@ -7941,18 +7942,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._check_no_foreign_page()
             self.server.application.reload()
             self.config = self.pool.config
-        models = self.config.models.values()
-        listed = {model.name for model in models if not model.settings.unlisted}
+        listed = [m for m in self.config.models.values() if not m.settings.unlisted]
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
-        self._send_json(self._model_entries([self._resolve(name).name])[0])
+        self._send_json(self._model_entries([self._resolve(name)])[0])
 
-    def _model_entries(self, names):
+    def _model_entries(self, models):
+        statuses = [self.pool.status(model) for model in models]
         return [
             model_entry(self.config.models, status, details, self.server.born)
-            for status, details in self._statuses()
-            if status.id in names
+            for status, details in self._with_details(statuses)
         ]
 
     def get_requests(self):
@@ -8011,7 +8011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "name": status.id,
                 "description": status.description,
             }
-            for status, details in self._statuses()
+            for status, details in self._with_details(self.pool.statuses())
             if status.state != "unloaded" and not status.shares
         ]
         self._send_json({"running": running})
