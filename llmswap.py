@@ -5940,14 +5940,9 @@ class ClientResponse:
 # -- one request to a backend, one answer back -----------------------------------------
 
 
-class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it, in chunks if the body's size is unknown. A body
-    that is not complete can be sent only once."""
-
-    method: str
-    target: str
-    headers: Headers
-    body: Body
+# As the backend gets it, in chunks if the length of the Body is unknown. With a Body
+# that is not complete it can be sent only once.
+UpstreamRequest = namedtuple("UpstreamRequest", "method target headers body")
 
 
 def relay(
