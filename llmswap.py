@@ -581,6 +581,7 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
         (?P<value>[^\r\n]* (?(cmd) (?:(?:{NEWLINE.pattern})
             (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)* ))
       | (?:[;\#][^\r\n]*)?
+      | (?P<error>[^\r\n]*)
     ) (?:{NEWLINE.pattern}|\Z)""",
     re.VERBOSE,
 )
@@ -613,17 +614,13 @@ class Section(NamedTuple):
 def parse_presets(data, path, warn) -> dict:
     """Return the sections by name; of those with the same only the last. Beyond what
     llama.cpp reads, lines may be indented and keys have dashes. Raise ConfigError."""
-    sections, section = {}, None
-    text, offset, line = data.decode("utf-8-sig", "surrogateescape"), 0, 1
-    while offset < len(text):
+    sections, section, line = {}, None, 1
+    for statement in STATEMENT.finditer(data.decode("utf-8-sig", "surrogateescape")):
         place = f"{path}:{line}:"
-        statement = STATEMENT.match(text, offset)
-        if statement is None or NOT_TEXT.search(statement[0]):
-            first_line = NEWLINE.split(text[offset:], 1)[0].strip()
-            raise ConfigError(f"{place} {first_line!r} is neither [section], "
-                              "key = value nor a comment, in UTF-8")
-        offset = statement.end()
         line += len(NEWLINE.findall(statement[0]))
+        if statement["error"] or NOT_TEXT.search(statement[0]):
+            raise ConfigError(f"{place} {statement[0].strip()!r} is neither [section], "
+                              "key = value nor a comment, in UTF-8")
         name, key = statement["header"], statement["key"]
         if key and section is None and key.replace("_", "-") not in IGNORED_KEYS:
             name = "default"
