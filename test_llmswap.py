@@ -977,7 +977,7 @@ def test_values_are_read_and_malformed_ones_refused(key, values, malformed):
             "t": "é\u2028\x85\x0b\x0cé"}}),
     ("[a]\nc = 1\nc = 2\n[b]\n[a]\nd = 2\nd = 3", {"b": {}, "a": {"d": "3"}}),
     ("version = 1\nc = 1\n[default]\nd = 1\n[a]\nversion = 2",
-     {"default": {"d": "1"}, "a": {"version": "2"}}),
+     {"default": {"d": "1"}, "a": {}}),
     ("c = 1\n[a]", {"default": {"c": "1"}, "a": {}}),
     # unambiguous texts that llama.cpp refuses
     ("  [a]\n  c = 1", {"a": {"c": "1"}}), ("\ufeff[a]\nc = 1", {"a": {"c": "1"}}),
@@ -995,7 +995,8 @@ def test_sections_are_read(text, sections):
     parsed = llmswap.parse_presets(text.encode(), "m.ini", print)
     assert [*parsed] == [*sections]
     for name, section in parsed.items():
-        shown = {key: setting.text for key, setting in section.settings.items()}
+        settings = {**section.keys, **section.options}.items()
+        shown = {key: setting.text for key, setting in settings}
         assert shown == sections[name]
 
 
