@@ -675,18 +675,15 @@ SHELL_SYNTAX = re.compile(
 )
 
 
-def expand(text, variables) -> str:
+def expand(text, variables, **more) -> str:
     """Return the text with each ${NAME} replaced and each $${ a literal ${; raise
     ValueError for a name that has no value."""
-
-    def value(match):
-        if match[1] is None:
-            return "${"
-        if match[1] not in variables:
-            raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
-        return str(variables[match[1]])
-
-    return VARIABLE.sub(value, text)
+    values = {**variables, **more, None: "${"}
+    try:
+        return VARIABLE.sub(lambda match: str(values[match[1]]), text)
+    except KeyError as error:
+        name = error.args[0]
+        raise ValueError(f"${{{name}}} is unknown here; $${{ is a literal ${{") from None
 
 
 def needs_port(text) -> bool:
@@ -712,7 +709,7 @@ def read_setting(key, setting, variables, warn):
     words of a command that only a shell understands."""
     late = LATE_VARIABLES.get(key.name, {})
     try:
-        value = key.parse(expand(setting.text, {**variables, **late}))
+        value = key.parse(expand(setting.text, variables, **late))
         value = setting.text if late else value
         words = shlex.split(value) if key.name in QUOTED_KEYS else []
     except ValueError as error:
@@ -873,7 +870,6 @@ def parse_help(text) -> Optional[OptionTable]:
 # ---- Models --------------------------------------------------------------------------
 
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_MODELS = ("llmswap", "macros", "*")
 
 # The keys whose change needs a new backend, by kind of model.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
@@ -987,7 +983,7 @@ class Model(NamedTuple):
         return [self._expand(word, **more) for word in split_words(text)]
 
     def _expand(self, text, **more):
-        return expand(text, {**self.variables, **more})
+        return expand(text, self.variables, **more)
 
 
 def folder_name(name) -> str:
@@ -1216,19 +1212,21 @@ class ConfigLoader:
 
     def __init__(self, data, path, environ, list_cached=lambda _: ()):
         self._path = path
+        self._environ = environ
         self._list_cached = list_cached
         self._cached = ()  # names of the models in llama.cpp's cache
-        self._environ = environ
         self._warnings = []
         self._warn = self._warnings.append
-        empty = {name: Section(name, "", {}, {}) for name in NOT_MODELS}
-        self._sections = {**empty, **parse_presets(data, path, self._warn)}
-        macros = self._sections["macros"].keys.items()
-        for section in self._sections.values():
-            expand_macros(section, {name: setting.text for name, setting in macros})
-        variables = {f"env.{name}": value for name, value in environ.items()}
-        self._context = variables, self._warn
-        self._written = self._sections["llmswap"].keys
+        self._sections = parse_presets(data, path, self._warn)
+        self._star, llmswap, macros = (
+            self._sections.pop(name, Section(name, "", {}, {}))
+            for name in ("*", "llmswap", "macros")
+        )
+        self._written = llmswap.keys
+        macros = {name: setting.text for name, setting in macros.keys.items()}
+        for section in (self._star, llmswap, *self._sections.values()):
+            expand_macros(section, macros)
+        self._variables = {f"env.{name}": value for name, value in environ.items()}
 
     def load(self, overrides) -> Config:
         """Return the Config, or raise ConfigError. `overrides`: texts by key, or None
@@ -1252,7 +1250,7 @@ class ConfigLoader:
         return config._replace(warnings=tuple(dict.fromkeys(self._warnings)))
 
     def _read_settings(self, overrides):
-        star, written = self._sections["*"], self._written
+        star, written = self._star, self._written
         for key, setting in written.items():
             if key not in PROXY_KEY:
                 reason = f"unknown key{suggestion(key, PROXY_KEY)}"
@@ -1270,7 +1268,8 @@ class ConfigLoader:
         values = {}
         for key in PROXY_KEYS:
             setting = written.get(key.name, Setting(key.name, key.default, ""))
-            values[key.attribute] = read_setting(key, setting, *self._context)
+            value = read_setting(key, setting, self._variables, self._warn)
+            values[key.attribute] = value
         if "models-max" not in written and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1292,7 +1291,7 @@ class ConfigLoader:
         return keys
 
     def _build_models(self, settings):
-        star = self._sections["*"]
+        star = self._star
         for name in star.keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
             place = star.keys[name].place
             raise ConfigError(f"{place}: cannot be given for all models")
@@ -1301,8 +1300,10 @@ class ConfigLoader:
         sections = {}  # by name of the model, the weakest first
         for section in [*self._list_models(settings), *self._model_sections()]:
             sections.setdefault(section.name, [star]).append(section)
-        models = [ModelBuilder(each, *self._context).build(settings.state_dir)
-                  for each in sections.values()]
+        models = [
+            ModelBuilder(layers, self._variables, self._warn).build(settings.state_dir)
+            for layers in sections.values()
+        ]
         if models and all(model.kind != "llama-server" for model in models):
             for setting in star.options.values():
                 text = unknown_key(setting.key, "no model here is a llama-server")
@@ -1336,8 +1337,7 @@ class ConfigLoader:
         only the last in byte order."""
         sections = {
             name: section for name, section in self._sections.items()
-            if name not in NOT_MODELS
-            and (name != "default" or section.keys or section.options)
+            if name != "default" or section.keys or section.options
         }
         last = {canonical_name(name): name for name in sorted(sections)}
         for name in [name for name in sections if last.get(name, name) != name]:
