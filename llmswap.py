@@ -682,8 +682,8 @@ def expand(text, variables, **more) -> str:
     try:
         return VARIABLE.sub(lambda match: str(values[match[1]]), text)
     except KeyError as error:
-        name = error.args[0]
-        raise ValueError(f"${{{name}}} is unknown here; $${{ is a literal ${{") from None
+        reason = f"${{{error.args[0]}}} is unknown here"
+        raise ValueError(f"{reason}; $${{ is a literal ${{") from None
 
 
 def needs_port(text) -> bool:
