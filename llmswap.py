@@ -244,7 +244,7 @@ def either(word, value, parse):
         try:
             return parse(text)
         except ValueError as error:
-            raise ValueError(f"{error}, nor {word!r}" if word else str(error)) from None
+            raise ValueError(f"{error}, nor {word!r}") from None
 
     return parse_either
 
@@ -288,11 +288,11 @@ parse_host_port = pattern(
     lambda match: (match[1] or match[2], int(match[3])),
 )
 parse_endpoint = either("none", None, pattern("a path such as /health", r"/\S*"))
-parse_mac = either("", None, pattern(
+parse_mac = pattern(
     "an address such as ab:cd:ef:01:23:45",
-    "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
-    lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
-))
+    "([0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5})?",
+    lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])) or None,
+)
 
 
 def parse_words(text) -> tuple:
@@ -821,14 +821,12 @@ class OptionTable:
 
     def pitfalls(self, settings):
         """Yield warnings of settings that mean something else to llama.cpp."""
-        first = {}
+        first_keys = {}
         for key, text, place in settings:
-            option = self.find(key)
-            if option is None:
-                continue
-            other = first.setdefault(option.names[0], key)
-            if other != key:
-                yield f"{place}: the same option as {other}; this one counts"
+            option = self.find(key) or Option((key,))
+            first_key = first_keys.setdefault(option.names[0], key)
+            if first_key != key:
+                yield f"{place}: the same option as {first_key}; this one counts"
             if not ROUTER_OPTIONS.isdisjoint(option.names):
                 yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
@@ -1257,11 +1255,13 @@ class ConfigLoader:
                 if is_model_key(key):
                     reason = "belongs to a model, or in [*]"
                 raise ConfigError(f"{setting.place}: {reason}")
-        if star.options.get("models-max", ("", ""))[1].isdigit():  # often written there
+        models_max = star.options.get("models-max")
+        if models_max and models_max.text.isdigit():  # often written there
             written.setdefault("models-max", star.options.pop("models-max"))
-        for other, section in ((star.keys, written), (written, star.keys)):
-            if "llama-server" in other:
-                section.setdefault("llama-server", other["llama-server"])
+        if "llama-server" in star.keys:
+            written.setdefault("llama-server", star.keys["llama-server"])
+        if "llama-server" in written:
+            star.keys.setdefault("llama-server", written["llama-server"])
         for name, text in overrides.items():
             if text is not None:
                 written[name] = Setting(name, str(text), f"--{name}")
