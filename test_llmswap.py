@@ -1108,6 +1108,8 @@ MEANINGS = [
         "options(c)": ["--model", "k ${PORT}/c.gguf"],
         "config.api_keys": ("k ${PORT}", "second", "four"),
     }),
+    ("[macros]\nhere = http://h:${PORT}\n[*]\nm = x\n[a]\nproxy = ${here}", {
+        "a.kind": "llama-server", "a.url(8)": "http://h:8"}),
     # without macros a dollar in an option of llama-server is literal
     ("[a]\nm = ${PORT}$${x}", {"options(a)": ["--model", "${PORT}$${x}"]}),
     # port and pid are filled in when they are known
@@ -1393,6 +1395,7 @@ def test_an_unknown_option_is_named_with_its_place(tmp_path, line, reason):
     ("m = x\ndescription = ${PORT}", "[a] description: ${PORT} is unknown here"),
     ("m = x\nenv.A = ${B}", "[a] env.A: ${B} is unknown here"),
     ("m = x\nextra-args = 'a", "[a] extra-args: No closing quotation"),
+    ("m = x\nneeds = 1\ncwd = ${X}", "[a] needs: '1' is not one resource"),
     ("m = x\nproxy = http://h:1", "[a] proxy: the proxy of a llama-server needs ${P"),
     ("m = x\nsleep = /sleep", "sleep and wake need each other"),
     ("cmd = serve", "[a] cmd: without ${PORT} it needs proxy = URL"),
