@@ -1220,6 +1220,7 @@ class ConfigLoader:
             self._sections.pop(name, Section(name, "", {}, {}))
             for name in ("*", "llmswap", "macros")
         )
+        self._ids = {canonical_name(name): name for name in sorted(self._sections)}
         self._written = llmswap.keys
         macros = {name: setting.text for name, setting in macros.keys.items()}
         for section in (self._star, llmswap, *self._sections.values()):
@@ -1316,9 +1317,9 @@ class ConfigLoader:
         models = {}  # where they come from and their options, by id
         if settings.cache_models:
             self._cached = self._list_cached(settings.llama_server) or ()
-        ids = {canonical_name(name): name for name in sorted(self._sections)}
         for name in self._cached:
-            models[ids.get(name, name)] = "cache", {"hf-repo": name, "offline": "on"}
+            options = {"hf-repo": name, "offline": "on"}
+            models[self._ids.get(name, name)] = "cache", options
         if settings.models_dir:
             try:
                 for name, options in find_models(settings.models_dir).items():
@@ -1333,17 +1334,15 @@ class ConfigLoader:
             yield section
 
     def _model_sections(self):
-        """Return the sections that are models; of those with the same canonical name
+        """Yield the sections that are models; of those with the same canonical name
         only the last in byte order."""
-        sections = {
-            name: section for name, section in self._sections.items()
-            if name != "default" or section.keys or section.options
-        }
-        last = {canonical_name(name): name for name in sorted(sections)}
-        for name in [name for name in sections if last.get(name, name) != name]:
-            place = sections.pop(name).place
-            self._warn(f"{place}: replaced by [{last[name]}], the same in llama.cpp")
-        return sections.values()
+        for name, section in self._sections.items():
+            last = self._ids.get(name, name)
+            if last != name:
+                text = f"replaced by [{last}], the same in llama.cpp"
+                self._warn(f"{section.place}: {text}")
+            elif name != "default" or section.keys or section.options:
+                yield section
 
     def _assign_names(self, models):
         """Return the ids of the models by name: by id, alias, canonical name,
@@ -1372,21 +1371,17 @@ class ConfigLoader:
 
     def _resolve_names(self, config):
         """Return the settings with ids in the place of names of models."""
-
-        def find(name, key):
-            try:
-                return config.resolve(name)
-            except ModelNotFound as error:
-                raise ConfigError(f"{self._written[key].place}: {error}") from None
-
-        sets = []
-        for names in config.settings.sets:
-            models = [find(name, "sets") for name in names]
-            backends = [[*filter(None, map(config.find, model.settings.uses))]
-                        or [model.name] for model in models]
-            sets += map(frozenset, itertools.product(*backends))
-        default = config.settings.default_model
-        default = default and find(default, "default-model").name
+        sets, default, key = [], config.settings.default_model, "sets"
+        try:
+            for names in config.settings.sets:
+                models = map(config.resolve, names)
+                backends = [[*filter(None, map(config.find, model.settings.uses))]
+                            or [model.name] for model in models]
+                sets += map(frozenset, itertools.product(*backends))
+            key = "default-model"
+            default = default and config.resolve(default).name
+        except ModelNotFound as error:
+            raise ConfigError(f"{self._written[key].place}: {error}") from None
         return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _link(self, model, config):
