@@ -760,12 +760,6 @@ class Option(NamedTuple):
     variables: Sequence[str] = ()
 
     @property
-    def keys(self):
-        """The INI keys of the option."""
-        names = [*self.names, *self.negatives, *self.variables]
-        return [name.lstrip("-").replace("_", "-") for name in names]
-
-    @property
     def name(self):
         """The spelling that llama.cpp's router uses."""
         return self.names[-1]
@@ -788,8 +782,10 @@ class OptionTable:
     unknown: each key is an option with a value."""
 
     def __init__(self, options=()):
-        # as in llama.cpp, a later option takes a key from an earlier one
-        self.by_key = {key: option for option in options for key in option.keys}
+        self.by_key = {}  # as in llama.cpp, a later option takes a key from an earlier
+        for option in options:
+            for name in (*option.names, *option.negatives, *option.variables):
+                self.by_key[name.lstrip("-").replace("_", "-")] = option
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
