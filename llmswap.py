@@ -1323,10 +1323,11 @@ class ConfigLoader:
             except OSError as error:
                 self._warn(f"{self._written['models-dir'].place}: {error}")
         for name, (source, options) in models.items():
-            section = Section(name, f"{self._path}: [{name}]", {}, {}, source)
+            place = f"{self._path}: [{name}]" if self._path else f"[{name}]"
+            section = Section(name, place, {}, {}, source)
             for key, text in options.items():
                 text = text.replace("${", "$${")
-                section.options[key] = Setting(key, text, f"{section.place} {key}")
+                section.options[key] = Setting(key, text, f"{place} {key}")
             yield section
 
     def _model_sections(self):

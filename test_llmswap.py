@@ -920,9 +920,8 @@ OPTIONS = llmswap.parse_help(HELP)
     ("oom-score-adj", {"-1000": -1000, "7": 7},
      ["", "1001", "-1001", "9999", "1.5", "--1"]),
     ("alias", {"a, b,,a , c": ("a", "b", "c")}, []),
-    ("needs", {"vram 18G, ram 4": {"vram": 18 * 2**30, "ram": 4}, "": {}},
+    ("needs", {"vram\t18G,ram  4, x 1": {"vram": 18 * 2**30, "ram": 4, "x": 1}, "": {}},
      ["vram", "vram 1G, vram 2G", "18G", "vram 1X", "v=1"]),
-    ("needs", {"vram\t18G,ram  4": {"vram": 18 * 2**30, "ram": 4}}, []),
     ("budget", {"auto": {"vram": None, "ram": None}, "vram auto, gpu 1": {
         "vram": None, "gpu": 1}}, ["gpu0 auto", "auto, ram 4G", "vram auto, vram 4G"]),
     ("sets", {"a + b, c+b": (("a", "b"), ("c", "b")), "": ()}, []),
@@ -995,9 +994,8 @@ def test_sections_are_read(text, sections):
     parsed = llmswap.parse_presets(text.encode(), "m.ini", print)
     assert [*parsed] == [*sections]
     for name, section in parsed.items():
-        settings = {**section.keys, **section.options}.items()
-        shown = {key: setting.text for key, setting in settings}
-        assert shown == sections[name]
+        settings = {**section.keys, **section.options}.values()
+        assert {each.key: each.text for each in settings} == sections[name]
 
 
 @pytest.mark.parametrize("text, message", [
