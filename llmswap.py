@@ -1592,28 +1592,39 @@ class ModelState:
         self.spec = spec
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
-        self.run = 0  # number of its current backend
-        self.in_flight = 0
-        self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
         self.started_at = self.idle_since = 0.0
-        self.ready_at = self.last_grant = -math.inf  # in this run
+        self.last_grant = -math.inf
         self.pause_began = None  # when it became idle; None while in use
         self.pauses = collections.deque(maxlen=8)
-        self.drains_for = None  # the ticket that needs its room
         self.evicted_for = None  # the model that needed its room, until that is ready
         self.load_seconds = self.stop_seconds = None
-        self.failures = 0
         self.last_failure = None
-        self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
         self.is_released = False  # unloaded by hand: keep_loaded waits for a request
-        self.idle_timeout = None  # set by a request, until unloaded; inf: never
-        self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
+        self.run = 0  # number of its current backend
+        self.reset_failures()
+        self.reset_run()
+
+    def reset_failures(self):
+        self.failures = 0
+        self.retry_at = -math.inf
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
+
+    def reset_run(self):
+        """Nothing runs; a reload that waited for that takes effect."""
+        self.ready_at = -math.inf
+        self.in_flight = 0
+        self.preemptible = 0  # leases that no stop waits for
+        self.idle_timeout = None  # set by a request; inf: never
+        self.unload_by = None  # stopped by hand: no grants; leases are cut then
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
+        self.drains_for = None  # the ticket that needs its room
+        if self.replacement is not None:
+            self.spec, self.replacement = self.replacement, None
+            self.reset_failures()
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1692,10 +1703,6 @@ class ModelState:
             surplus = min(self.failures - FAILURES_TO_BACK_OFF, 16)
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
-    def reset_failures(self):
-        self.failures = 0
-        self.retry_at = self.keep_loaded_at = -math.inf
-
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
@@ -1728,34 +1735,28 @@ def choose_victims(
     """Return the candidates to evict, or None if even all of them make no room.
 
     No busy one before any idle ones, then the fewest, then the least recently used.
+    After 256 choices (all of eight models, all pairs of twenty) they need not be the
+    fewest, but none is superfluous.
     """
     by_age = sorted(candidates, key=ModelState.last_used)
-    if not makes_room(frozenset(by_age)):
+    chosen = frozenset(by_age)
+    if not makes_room(chosen):
         return None
-    idle = [model for model in by_age if model.is_idle]
-    busy = [model for model in by_age if not model.is_idle]
-    busy = _fewest(busy, lambda chosen: makes_room(chosen.union(idle)))
-    return busy | _fewest(idle, lambda chosen: makes_room(chosen | busy))
-
-
-def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
-    """Return the smallest choice that makes room, of the first models if several do.
-
-    All together must make room. After 256 choices (all of eight models, all pairs of
-    twenty) it need not be the smallest, but has no superfluous member.
-    """
-    choices = (
-        frozenset(choice)
-        for size in range(len(models) + 1)
-        for choice in itertools.combinations(models, size)
-    )
-    for choice in itertools.islice(choices, 256):
-        if makes_room(choice):
-            return choice
-    chosen = frozenset(models)
-    for model in reversed(models):
-        if makes_room(chosen - {model}):
-            chosen -= {model}
+    for is_idle in (False, True):
+        models = [model for model in by_age if model.is_idle == is_idle]
+        others = chosen.difference(models)
+        choices = (
+            others.union(choice)
+            for size in range(len(models) + 1)
+            for choice in itertools.combinations(models, size)
+        )
+        fewest = next(filter(makes_room, itertools.islice(choices, 256)), None)
+        if fewest is None:
+            for model in reversed(models):
+                if makes_room(chosen - {model}):
+                    chosen -= {model}
+        else:
+            chosen = fewest
     return chosen
 
 
@@ -1897,7 +1898,8 @@ class Scheduler:
         else:  # stopped by other means than llmswap
             model.is_released = True
         model.advance(State.UNLOADED, now)
-        self._end_run(model)
+        del self.held[name]
+        model.reset_run()
         return victim and victim.name
 
     def _choose_retry_victim(self, model, failure):
@@ -1932,17 +1934,6 @@ class Scheduler:
         """The model if this is its current run; None if the event comes too late."""
         model = self.models[name]
         return model if model.run == run and model.is_held else None
-
-    def _end_run(self, model):
-        """Reset the state of the run; a reload that waited for it takes effect."""
-        del self.held[model.name]
-        model.ready_at = -math.inf
-        model.in_flight = model.preemptible = 0
-        model.idle_timeout = model.unload_by = None
-        model.stop_cause = model.drains_for = None
-        if model.replacement is not None:
-            model.spec, model.replacement = model.replacement, None
-            model.reset_failures()
 
     # -- events: operators -----------------------------------------------------------
 
