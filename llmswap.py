@@ -115,6 +115,7 @@ class APIError(Exception):
 
     status, type, code = 500, "server_error", None
     retry_after = may_retry = None
+    exit_code = 1  # of a process; also if it did not exit by itself
     is_out_of_memory = False
 
     def __init__(self, message, param=None, retry_after=None):
@@ -174,9 +175,9 @@ class BackendDied(APIError):
 class LoadFailed(APIError):
     status, code, may_retry = 502, "model_start_failed", False
 
-    def __init__(self, message, exit_code=None, is_out_of_memory=False):
+    def __init__(self, message, exit_code=1, is_out_of_memory=False):
         super().__init__(message)
-        self.exit_code = exit_code  # None unless the process exited by itself
+        self.exit_code = exit_code
         self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
 
 class LoadTimeout(LoadFailed):
@@ -2961,7 +2962,7 @@ class Backend:
         self._listener.on_dying(self)
         self._ended.set()
 
-    def _end_error(self, why, exit_code=None):
+    def _end_error(self, why, exit_code=1):
         event = "ended by itself" if self._is_ready else "could not be started"
         text = f"{self._title} {event}: {why}{self._last_lines()}"
         is_out_of_memory = OUT_OF_MEMORY.search("\n".join([text, *self.lines]))
@@ -4514,9 +4515,8 @@ class Pool:
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
-        limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._scheduler = Scheduler(limits, self._find_specs())
+        self._scheduler = Scheduler(*self._limits_and_specs())
         self._preparations = {}  # by model, of a look before its start: a Future
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
@@ -4620,9 +4620,7 @@ class Pool:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-        problem = _await_result(outcome, disconnected)
-        if problem:
-            raise problem.with_traceback(None)  # other threads raise the same one
+        _await_result(outcome, disconnected)
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
@@ -4637,7 +4635,7 @@ class Pool:
                 self._log("error", f"{model.name} could not be started: {problem}")
                 if not scheduled.is_held:
                     scheduled.last_failure = problem
-        outcome.set_result(problem)
+        outcome.set_exception(problem)  # None: the start may succeed
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
@@ -4686,14 +4684,13 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            entries = self._entries.items()
-            self._entries = {name: row for name, row in entries if name in unchanged}
+            for name in self._entries.keys() - unchanged:
+                del self._entries[name]
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits = limits_of(config, budget)
-            self._scheduler.configure(limits, self._find_specs(), changed)
+            self._scheduler.configure(*self._limits_and_specs(), changed)
         self._contexts.configure(config)
         start_thread(self._adopt_units, "units")
         start_thread(self._load_wanted, "keep-loaded", [])
@@ -4723,34 +4720,28 @@ class Pool:
             with self._event():
                 self._update_needs()
 
-    def _find_specs(self):
-        """Return the specs of all models, with the needs known now."""
-        models = self.config.models.values()
-        known = {each.name: self._needs.of(each, self.budget) for each in models}
+    def _limits_and_specs(self):
+        """Return what may be loaded together, and the specs of all models, with the
+        needs known now."""
+        models, settings = self.config.models, self.config.settings
+        known = {name: self._needs.of(models[name], self.budget) for name in models}
         self._known_needs = known
         amounts = {name: needs for name, (needs, _) in known.items()}
         needs = counted_needs(self.config, self.budget, amounts)
-        return {
-            name: ModelSpec(
-                needs={**needs[name], **address_of(model)},
-                sleep_needs={**model.settings.sleep_needs, **address_of(model)},
-                is_local=model.kind != "remote",
-                is_pinned=model.is_pinned,
-                is_pinned_once_loaded=model.settings.pin == "loaded",
-                keep_loaded=model.settings.keep_loaded and not model.problem,
-                can_sleep=bool(model.settings.sleep),
-                concurrency=model.settings.concurrency,
-                idle_timeout=model.settings.idle_timeout,
-                stop_timeout=model.settings.stop_timeout,
-                problem=model.problem and ModelMisconfigured(model.problem),
-            )
-            for name, model in self.config.models.items() if model.backends == (name,)
+        specs = {
+            name: spec_of(model, needs[name])
+            for name, model in models.items() if model.backends == (name,)
         }
+        addresses = {each: 1 for spec in specs.values() for each in spec.needs}
+        written = {name: getattr(settings, name) for name in Limits()._asdict()}
+        budget = {**addresses, **self.budget}
+        return Limits(**{**written, "budget": budget}), specs
 
     def _update_needs(self):
         """Tell the Scheduler the needs that are measured or estimated, as known now.
         The lock is held."""
-        for name, spec in self._find_specs().items():
+        _, specs = self._limits_and_specs()
+        for name, spec in specs.items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
@@ -5146,7 +5137,7 @@ class Pool:
             self._log("info", f"{name}: loading again once {victim} is unloaded")
             self._raise_needs(name, victim)
         self._update_needs()
-        self._publish(name, "unloaded", exit_code=exit_code_of(problem))
+        self._publish(name, "unloaded", exit_code=problem.exit_code if problem else 0)
 
     def _log_end(self, name, now, state):
         """Log that the model is asleep or unloaded; for `debug` if that was quick."""
@@ -5207,13 +5198,6 @@ def percent(progress: Optional[float]) -> str:
     return "" if progress is None else f", {100 * progress:.0f} %"
 
 
-def exit_code_of(problem: Optional[APIError]) -> int:
-    """Return the exit code as llama.cpp's router reports it: 0 without a problem, 1 if
-    the process did not exit by itself."""
-    code = getattr(problem, "exit_code", None)
-    return int(problem is not None) if code is None else code
-
-
 def _await_result(future, disconnected):
     """Return the result of the future, or raise its exception, or ClientDisconnected
     once disconnected() is true."""
@@ -5225,19 +5209,25 @@ def _await_result(future, disconnected):
     return future.result()
 
 
-def address_of(model: Model) -> Dict[str, int]:
-    """Return a unit's address as a resource of which there is one, so that units with
-    the same address are never loaded together."""
-    is_bound = model.kind == "unit" and not model.problem
-    return {model.url(""): 1} if is_bound else {}
-
-
-def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
-    """Return the Limits of a configuration, with this budget."""
-    models = config.models.values()
-    addresses = {url: 1 for model in models for url in address_of(model)}
-    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
-    return Limits(**{**written, "budget": {**budget, **addresses}})
+def spec_of(model: Model, needs: Mapping[str, int]) -> ModelSpec:
+    """Return what scheduling must know of a model with these needs. A unit's address is
+    a resource of which there is one: two units of one address are never together."""
+    settings, problem = model.settings, model.problem
+    is_bound = model.kind == "unit" and not problem
+    address = {model.url(""): 1} if is_bound else {}
+    return ModelSpec(
+        needs={**needs, **address},
+        sleep_needs={**settings.sleep_needs, **address},
+        is_local=model.kind != "remote",
+        is_pinned=model.is_pinned,
+        is_pinned_once_loaded=settings.pin == "loaded",
+        keep_loaded=settings.keep_loaded and not problem,
+        can_sleep=bool(settings.sleep),
+        concurrency=settings.concurrency,
+        idle_timeout=settings.idle_timeout,
+        stop_timeout=settings.stop_timeout,
+        problem=problem and ModelMisconfigured(problem),
+    )
 
 
 def counted_needs(
@@ -8350,7 +8340,7 @@ def _shown_status(model, status, details):
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", details.preset)
     problem = model.problem or status.failure
     if problem and status.state == "unloaded":
-        code = exit_code_of(status.failure) if status.failure else 1
+        code = status.failure.exit_code if status.failure else 1
         shown.update(failed=True, exit_code=code, error=str(problem))
     return shown
 
