@@ -3353,7 +3353,7 @@ class ProcessBackend(Backend):
         elif status < 0:
             known = {number.value: number.name for number in signal.Signals}
             why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
-        return self._end_error(why, status if status >= 0 else None)
+        return self._end_error(why, status if status >= 0 else 1)
 
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
@@ -3905,7 +3905,7 @@ class UnitBackend(Backend):
             return None
         killed = "killed by the kernel: out of memory"
         reason = {"success": "it ended", "oom-kill": killed}.get(result, result)
-        code = int(status) if result == "exit-code" else None
+        code = int(status) if result == "exit-code" else 1
         return self._end_error(f"{reason}, status {status}", code)
 
     def _last_lines(self):
@@ -4532,18 +4532,17 @@ class Pool:
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
         start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
-        models = self.config.models.values()
-        wanted = [model for model in models if model.settings.load_on_startup]
-        start_thread(self._load_wanted, "startup", wanted)
+        start_thread(self._load_wanted, "startup", True)
 
-    def _load_wanted(self, models):
-        """Load these models and those of keep-loaded. Estimates may take seconds."""
+    def _load_wanted(self, is_start):
+        """Load the models of keep-loaded, and of load-on-startup first if it is time
+        for them. Estimates may take seconds."""
+        models = [*self.config.models.values()]
         for model in models:
-            try:
-                self.load(model)
-            except APIError as problem:
-                self._log("error", f"{model.name}: {problem}")
-        for model in list(self.config.models.values()):
+            if is_start and model.settings.load_on_startup:
+                with contextlib.suppress(APIError):  # it is logged already
+                    self.load(model)
+        for model in models:
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
         with self._event():
@@ -4693,7 +4692,7 @@ class Pool:
             self._scheduler.configure(*self._limits_and_specs(), changed)
         self._contexts.configure(config)
         start_thread(self._adopt_units, "units")
-        start_thread(self._load_wanted, "keep-loaded", [])
+        start_thread(self._load_wanted, "keep-loaded", False)
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
