@@ -1473,25 +1473,19 @@ FAILURES_TO_BACK_OFF = 3  # in a row; after fewer the next load need not wait
 
 class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
-
-    `is_local` False: it runs on another machine, which may be asleep; it takes none of
-    models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
-    unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
-    `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
-    """
+    One on another machine, which may be asleep, takes none of models-max."""
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
-    is_local: bool = True
-    is_pinned: bool = False
-    is_pinned_once_loaded: bool = False
-    keep_loaded: bool = False
-    can_sleep: bool = False
+    is_local: bool = True  # else on another machine: its failed loads cause no back-off
+    is_pinned: bool = False  # neither evicted nor unloaded when idle
+    is_pinned_once_loaded: bool = False  # not evicted while it is loaded
+    keep_loaded: bool = False  # started whenever it fits and no ticket waits
+    can_sleep: bool = False  # put to sleep, not stopped, when another needs its room
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
-    problem: Optional[APIError] = None
+    problem: Optional[APIError] = None  # refuses its tickets
 
 
 class ModelUsage(NamedTuple):
@@ -1503,16 +1497,13 @@ class ModelUsage(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What may be loaded together, how many tickets may wait, and how long.
-
-    `patience` None: learned from the measured cost of swaps. `models_max`, `queue_max`
-    and `queue_timeout` 0: no limit.
-    """
+    """What may be loaded together, how many tickets may wait, and how long: 0 means no
+    limit."""
 
     models_max: int = 1
     budget: Mapping[str, int] = {}
     sets: Tuple[FrozenSet[str], ...] = ()
-    patience: Optional[float] = None
+    patience: Optional[float] = None  # learned from the measured cost of swaps
     queue_max: int = 512
     queue_timeout: float = 0.0
 
@@ -1551,26 +1542,18 @@ class Start(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Stop the backend of this model, or put it to sleep.
-
-    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` is the
-    model that needs the room. A backend that is still loading is to be killed.
-    """
+    """Stop the backend of this model (one that loads is to be killed), or put it to
+    sleep."""
 
     name: str
     run: int
-    cause: str
-    newcomer: Optional[str] = None
+    cause: str  # evicted, idle, unload, reload, abandoned or shutdown
+    newcomer: Optional[str] = None  # the model that needs the room
     to_sleep: bool = False
 
 
 class Ticket:
-    """A request that waits for a backend or, once granted, holds a lease of it.
-
-    A preemptible lease ends when its model is stopped; no stop waits for it. A manual
-    ticket loads the model and holds no lease. One with a `load_refusal` is refused with
-    it once its model would have to be loaded.
-    """
+    """A request that waits for a backend or, once granted, holds a lease of it."""
 
     def __init__(
         self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
@@ -1578,9 +1561,9 @@ class Ticket:
         self.number = number
         self.model = model
         self.arrived = arrived
-        self.preemptible = preemptible
-        self.manual = manual
-        self.load_refusal = load_refusal
+        self.preemptible = preemptible  # the lease ends with a stop; none waits for it
+        self.manual = manual  # it loads the model and holds no lease
+        self.load_refusal = load_refusal  # for the case that its model is to be loaded
         self.run = None  # of the backend that was granted
         self.waiter = None  # belongs to the caller
 
@@ -4437,43 +4420,34 @@ STOP_REASONS = {
 
 
 class ModelStatus(NamedTuple):
-    """One model at one moment. Times in seconds, memory in bytes.
-
-    `state` is a value of State, `seconds` for how long (None: since the start).
-    `progress` of a load: 0 to 1. `failure` says why its last run failed, `stopped` why
-    it was stopped, `unusable` what is wrong in the file. `shares` names the model whose
-    backend it uses now, and whose state it has. `pinned`: nothing may evict it now.
-    `context` is the size of its saved contexts (None: not saved), `context_seconds`
-    what they have spared. `entry` is the last of its own /v1/models. `holds` is what it
-    takes of the budget now.
-    """
+    """One model at one moment. Times in seconds, memory in bytes."""
 
     id: str
     aliases: Sequence[str] = ()
     description: str = ""
     kind: str = "llama-server"
-    state: str = "unloaded"
-    seconds: Optional[float] = None
-    progress: Optional[float] = None
+    state: str = "unloaded"  # a value of State
+    seconds: Optional[float] = None  # for so long; None: since the start
+    progress: Optional[float] = None  # of a load: 0 to 1
     rss: Optional[int] = None
     vram: Optional[int] = None
     running: int = 0
     waiting: int = 0
     unload_in: Optional[float] = None
-    tokens_per_second: Optional[float] = None
-    context: Optional[int] = None
-    context_seconds: float = 0.0
-    failure: Optional[APIError] = None
-    stopped: Optional[str] = None
-    pinned: bool = False
-    unusable: Optional[str] = None
-    shares: Optional[str] = None
+    tokens_per_second: Optional[float] = None  # of the last answer
+    context: Optional[int] = None  # the size of its saved contexts; None: not saved
+    context_seconds: float = 0.0  # what they have spared
+    failure: Optional[APIError] = None  # why its last run failed
+    stopped: Optional[str] = None  # why it was stopped
+    pinned: bool = False  # nothing may evict it now
+    unusable: Optional[str] = None  # what is wrong in the file
+    shares: Optional[str] = None  # the model whose backend it uses now, and its state
     pid: Optional[int] = None
     port: Optional[int] = None
-    entry: Mapping[str, object] = {}
+    entry: Mapping[str, object] = {}  # the last of its own /v1/models
     needs: Mapping[str, int] = {}
     needs_source: Optional[str] = None
-    holds: Mapping[str, int] = {}
+    holds: Mapping[str, int] = {}  # what it takes of the budget now
 
 
 class Run:
