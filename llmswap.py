@@ -4698,7 +4698,7 @@ class Pool:
         needs known now."""
         models, settings = self.config.models, self.config.settings
         known = {name: self._needs.of(models[name], self.budget) for name in models}
-        self._known_needs = known
+        self._known_needs = known if self.budget else {}
         amounts = {name: needs for name, (needs, _) in known.items()}
         needs = counted_needs(self.config, self.budget, amounts)
         specs = {
@@ -4820,12 +4820,8 @@ class Pool:
         name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
-        owner = self.config.models.get(name)
-        needs, source, holds = {}, None, {}
-        if self.budget and owner and owner.kind != "remote":
-            needs, source = self._known_needs[name]
-            usage = scheduled.usage().needs if scheduled.is_held else {}
-            holds = {each: usage[each] for each in self.budget if each in usage}
+        needs, source = self._known_needs.get(name, ({}, None))
+        usage = scheduled.usage().needs if scheduled.is_held else {}
         return ModelStatus(
             id=model.name,
             aliases=model.aliases,
@@ -4850,7 +4846,7 @@ class Pool:
             entry=self._entries.get(name, {}),
             needs=needs,
             needs_source=source,
-            holds=holds,
+            holds={each: usage[each] for each in self.budget if each in usage},
         )
 
     def output_of(self, name: str) -> Broadcast:
