@@ -1906,13 +1906,18 @@ class Scheduler:
             model.replacement = model.replacement._replace(needs=needs)
             return
         if model.is_held and not model.is_asleep:
-            beside = [each.usage() for each in self.held.values() if each is not model]
-            needs = dict(needs)
-            for each, size in self.limits.budget.items():
-                left = size - sum(usage.needs.get(each, 0) for usage in beside)
+            for each, left in self.left_beside(name).items():
                 ceiling = max(left, model.spec.needs.get(each, 0))
-                needs[each] = min(needs.get(each, 0), ceiling)
+                needs = {**needs, each: min(needs.get(each, 0), ceiling)}
         model.spec = model.spec._replace(needs=needs)
+
+    def left_beside(self, name: str) -> Dict[str, int]:
+        """Return what the models that are held, but for this one, leave of the budget."""
+        held = [each.usage().needs for each in self.held.values() if each.name != name]
+        return {
+            each: size - sum(needs.get(each, 0) for needs in held)
+            for each, size in self.limits.budget.items()
+        }
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
@@ -4768,16 +4773,11 @@ class Pool:
     def _raise_needs(self, name, victim):
         """Raise the needs of a model that ran out of memory beside `victim`, until both
         no longer fit together. The lock is held."""
-        held = self._scheduler.held.items()
-        needs = {each: scheduled.usage().needs for each, scheduled in held}
-        freed = needs.pop(victim)
-        least = {
-            each: size - sum(other.get(each, 0) for other in needs.values())
-            for each, size in self.budget.items()
-            if freed.get(each)
-        }
+        freed = self._scheduler.models[victim].usage().needs
+        left = self._scheduler.left_beside(victim)
         model = self.config.models.get(name)
         if model and model.has_auto_needs:
+            least = {each: left[each] for each in self.budget if freed.get(each)}
             self._needs.raise_to(model, least)
 
     # -- status ----------------------------------------------------------------------
