@@ -2019,15 +2019,13 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-
-        def changes(step):
-            before = self._count_changes()
-            step(now)
-            return self._count_changes() != before
-
-        steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(map(changes, steps)):
-            pass  # a decision may make others possible
+        before, counts = None, self._count_changes()
+        while counts != before:  # a decision may make others possible
+            self._next_deadline = math.inf
+            self._serve_queue(now)
+            self._stop_models(now)
+            self._start_keep_loaded(now)
+            before, counts = counts, self._count_changes()
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -2040,7 +2038,6 @@ class Scheduler:
 
     def _serve_queue(self, now):
         """Walk the queue once."""
-        self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
             if model.state is State.UNLOADING or model.is_stopping_soon
@@ -2231,12 +2228,11 @@ class Scheduler:
         if self._queue or self._closing_error or self.is_keep_loaded_paused:
             return
         for model in self.models.values():
-            is_wanted = model.spec.keep_loaded and not model.is_released
+            if not model.spec.keep_loaded or model.is_released:
+                continue
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
-            if not (is_wanted and is_missing):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            if is_missing and self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
