@@ -2,7 +2,7 @@
 
 The file `gpu` in FOLDER says what each process holds of it: the WORD of a command line
 that makes a process one of ours, the FORMAT of a row, and lines with another WORD and
-its MiB. The queries are appended to the file `asked` there.
+its MiB. The queries that were answered are appended to the file `asked` there.
 """
 
 import os
@@ -23,8 +23,6 @@ def held_by_processes(mark, sizes):
 
 
 folder, query = (*sys.argv[1:], "")[:2]
-with open(f"{folder}/asked", "a") as file:
-    file.write(f"{query}\n")
 with open(f"{folder}/gpu") as file:
     mark, shape, *lines = file.read().splitlines()
 rows = list(held_by_processes(mark, dict(line.rsplit(" ", 1) for line in lines)))
@@ -32,3 +30,6 @@ if query.startswith("--query-gpu"):
     print(f"24576, {sum(size for _, size in rows)}")
 else:
     print(*(shape % row for row in rows), sep="\n")
+sys.stdout.flush()
+with open(f"{folder}/asked", "a") as file:
+    file.write(f"{query}\n")
