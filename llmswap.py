@@ -46,7 +46,6 @@ out what follows, never across I/O or a sleep.
 import base64
 import bisect
 import collections
-import concurrent.futures
 import contextlib
 import enum
 import errno
@@ -4361,9 +4360,9 @@ class Inspector:
 #
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
-#    backend's thread, resolve a future). No sleep and no I/O that may block under it,
-#    and no other lock but those of a queue, a future or a Broadcast, which no thread
-#    holds while it waits.
+#    backend's thread, fill a queue). No sleep and no I/O that may block under it, and
+#    no other lock but those of a queue or a Broadcast, which no thread holds while it
+#    waits.
 # ==================================================================================
 
 
@@ -4522,7 +4521,7 @@ class Pool:
         limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
         self._scheduler = Scheduler(limits, self._find_specs())
-        self._preparations = {}  # by model, of a look before its start: a Future
+        self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
@@ -4586,7 +4585,7 @@ class Pool:
             kind = {"preemptible": preemptible, "load_refusal": load_refusal}
             ticket = self._submit(model, **kind)
             try:
-                backend = _await_result(ticket.waiter, disconnected)
+                backend = _await_item(ticket.waiter, disconnected)
                 while (is_reachable := backend.is_reachable()) is None:
                     if disconnected():
                         raise ClientDisconnected
@@ -4599,12 +4598,12 @@ class Pool:
                     self._scheduler.finish(ticket, now)
 
     def _submit(self, model, **kind):
-        """Queue a ticket; its `waiter` is a future of the backend."""
+        """Queue a ticket; its `waiter` gets the backend, or an APIError."""
         with self._event() as now:
             name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
             ticket = self._scheduler.submit(name, now, **kind)
-            ticket.waiter = concurrent.futures.Future()
+            ticket.waiter = queue.SimpleQueue()
         return ticket
 
     def _check_start(self, model, disconnected=lambda: False):
@@ -4618,16 +4617,14 @@ class Pool:
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
-            new = concurrent.futures.Future()  # for all that wait for this model
+            new = queue.SimpleQueue()  # for all that wait for this model
             outcome = self._preparations.setdefault(owner.name, new)
         if outcome is new:
             try:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-        problem = _await_result(outcome, disconnected)
-        if problem:
-            raise problem.with_traceback(None)  # other threads raise the same one
+        _await_item(outcome, disconnected)
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
@@ -4642,7 +4639,7 @@ class Pool:
                 self._log("error", f"{model.name} could not be started: {problem}")
                 if not scheduled.is_held:
                     scheduled.last_failure = problem
-        outcome.set_result(problem)
+        outcome.put(problem)
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
@@ -5005,10 +5002,10 @@ class Pool:
             self._timer.notify()
 
     def _grant(self, ticket):
-        ticket.waiter.set_result(self._backends[ticket.model.name])
+        ticket.waiter.put(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
-        ticket.waiter.set_exception(problem)
+        ticket.waiter.put(problem)
         if ticket.manual and problem is not ticket.model.last_failure:
             self._log("error", f"{ticket.model.name}: not loaded: {problem}")
 
@@ -5219,15 +5216,20 @@ def exit_code_of(problem: Optional[APIError]) -> int:
     return int(problem is not None) if code is None else code
 
 
-def _await_result(future, disconnected):
-    """Return the result of the future, or raise its exception, or ClientDisconnected
-    once disconnected() is true."""
-    while not future.done():  # `wait` alone would be slow for one that is
-        if not concurrent.futures.wait([future], POLL_INTERVAL).done and disconnected():
-            raise ClientDisconnected
-    if future.exception():
-        raise future.exception().with_traceback(None)  # other threads raise the same
-    return future.result()
+def _await_item(items, disconnected):
+    """Return the item of the queue, or raise it if it is an exception, or
+    ClientDisconnected once disconnected() is true. Any number of threads may wait."""
+    while True:
+        try:
+            item = items.get(timeout=POLL_INTERVAL)
+        except queue.Empty:
+            if disconnected():
+                raise ClientDisconnected from None
+            continue
+        items.put(item)
+        if isinstance(item, Exception):
+            raise item.with_traceback(None)  # other threads raise the same one
+        return item
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -5404,7 +5406,6 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
 _HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _HEADER_LINE)
-_HEADER = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
 _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
@@ -5458,13 +5459,18 @@ class MessageHead:
             raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
         if not _HEADER_LINES.fullmatch(raw, line_end + 2):
             raise BadRequest("a header line is malformed")
-        lines = _HEADER.findall(raw[line_end + 2 :].decode("latin-1"))
+        lines = raw.decode("latin-1").split("\r\n")[1:-2]
         if len(lines) > MAX_HEADER_LINES:
             raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
-        headers = [(name.lower(), value) for name, value in lines]
+        self.headers, framing = [], []
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip("\t ")
+            if name in _FRAMING:
+                framing.append(f"{name}: {value}".lower())
+            else:
+                self.headers.append((name, value))
         self.is_http_10 = self.start["minor"] == b"0"
-        self.headers = [each for each in headers if each[0] not in _FRAMING]
-        framing = [": ".join(each).lower() for each in headers if each[0] in _FRAMING]
         counted = _LENGTH.fullmatch("\n".join(framing))
         self.is_chunked = framing == ["transfer-encoding: chunked"]
         if framing and not counted and not self.is_chunked:
