@@ -46,7 +46,6 @@ out what follows, never across I/O or a sleep.
 import base64
 import bisect
 import collections
-import concurrent.futures
 import contextlib
 import enum
 import errno
@@ -1999,15 +1998,13 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-
-        def changes(step):
-            before = self._count_changes()
-            step(now)
-            return self._count_changes() != before
-
-        steps = self._serve_queue, self._stop_models, self._start_keep_loaded
-        while any(map(changes, steps)):
-            pass  # a decision may make others possible
+        before, counts = None, self._count_changes()
+        while counts != before:  # a decision may make others possible
+            self._next_deadline = math.inf
+            self._serve_queue(now)
+            self._stop_models(now)
+            self._start_keep_loaded(now)
+            before, counts = counts, self._count_changes()
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -2020,7 +2017,6 @@ class Scheduler:
 
     def _serve_queue(self, now):
         """Walk the queue once."""
-        self._next_deadline = math.inf
         self._stopping = {
             model: -math.inf for model in self.held.values()
             if model.state is State.UNLOADING or model.is_stopping_soon
@@ -2211,12 +2207,11 @@ class Scheduler:
         if self._queue or self._closing_error or self.is_keep_loaded_paused:
             return
         for model in self.models.values():
-            is_wanted = model.spec.keep_loaded and not model.is_released
+            if not model.spec.keep_loaded or model.is_released:
+                continue
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
-            if not (is_wanted and is_missing):
-                continue
-            if self._fits({model.name: model.usage_when_loaded()}):
+            if is_missing and self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
@@ -4345,9 +4340,9 @@ class Inspector:
 #
 #    The lock guards the Scheduler and the dict of backends. It is held just long
 #    enough to record an event and carry out the decisions (start a thread, wake a
-#    backend's thread, resolve a future). No sleep and no I/O that may block under it,
-#    and no other lock but those of a queue, a future or a Broadcast, which no thread
-#    holds while it waits.
+#    backend's thread, fill a queue). No sleep and no I/O that may block under it, and
+#    no other lock but those of a queue or a Broadcast, which no thread holds while it
+#    waits.
 # ==================================================================================
 
 
@@ -4496,7 +4491,7 @@ class Pool:
         self.budget = self._find_budget(config)  # with figures for `auto`
         self._known_needs = {}  # by model: amounts and their source
         self._scheduler = Scheduler(*self._limits_and_specs())
-        self._preparations = {}  # by model, of a look before its start: a Future
+        self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
@@ -4559,7 +4554,7 @@ class Pool:
             kind = {"preemptible": preemptible, "load_refusal": load_refusal}
             ticket = self._submit(model, **kind)
             try:
-                backend = _await_result(ticket.waiter, disconnected)
+                backend = _await_item(ticket.waiter, disconnected)
                 while (is_reachable := backend.is_reachable()) is None:
                     if disconnected():
                         raise ClientDisconnected
@@ -4572,12 +4567,12 @@ class Pool:
                     self._scheduler.finish(ticket, now)
 
     def _submit(self, model, **kind):
-        """Queue a ticket; its `waiter` is a future of the backend."""
+        """Queue a ticket; its `waiter` gets the backend, or an APIError."""
         with self._event() as now:
             name = self._scheduler.choose(model.backends).name
             self._last_request_at = now
             ticket = self._scheduler.submit(name, now, **kind)
-            ticket.waiter = concurrent.futures.Future()
+            ticket.waiter = queue.SimpleQueue()
         return ticket
 
     def _check_start(self, model, disconnected=lambda: False):
@@ -4591,14 +4586,14 @@ class Pool:
             owner = self.config.models.get(scheduled.name)
             if owner is None or scheduled.is_held:
                 return
-            new = concurrent.futures.Future()  # for all that wait for this model
+            new = queue.SimpleQueue()  # for all that wait for this model
             outcome = self._preparations.setdefault(owner.name, new)
         if outcome is new:
             try:
                 start_thread(self._prepare, "prepare", owner, scheduled, outcome)
             except RuntimeError:  # no more threads can be started
                 self._prepare(owner, scheduled, outcome)
-        _await_result(outcome, disconnected)
+        _await_item(outcome, disconnected)
 
     def _prepare(self, model, scheduled, outcome):
         problem = None
@@ -4613,7 +4608,7 @@ class Pool:
                 self._log("error", f"{model.name} could not be started: {problem}")
                 if not scheduled.is_held:
                     scheduled.last_failure = problem
-        outcome.set_exception(problem)  # None: the start may succeed
+        outcome.put(problem)
 
     def keep_alive(self, model: Model, seconds: float):
         """Unload the model after this many idle seconds; below 0: never."""
@@ -4960,10 +4955,10 @@ class Pool:
             self._timer.notify()
 
     def _grant(self, ticket):
-        ticket.waiter.set_result(self._backends[ticket.model.name])
+        ticket.waiter.put(self._backends[ticket.model.name])
 
     def _refuse(self, ticket, problem):
-        ticket.waiter.set_exception(problem)
+        ticket.waiter.put(problem)
         if ticket.manual and problem is not ticket.model.last_failure:
             self._log("error", f"{ticket.model.name}: not loaded: {problem}")
 
@@ -5167,15 +5162,20 @@ def percent(progress: Optional[float]) -> str:
     return "" if progress is None else f", {100 * progress:.0f} %"
 
 
-def _await_result(future, disconnected):
-    """Return the result of the future, or raise its exception, or ClientDisconnected
-    once disconnected() is true."""
-    while not future.done():  # `wait` alone would be slow for one that is
-        if not concurrent.futures.wait([future], POLL_INTERVAL).done and disconnected():
-            raise ClientDisconnected
-    if future.exception():
-        raise future.exception().with_traceback(None)  # other threads raise the same
-    return future.result()
+def _await_item(items, disconnected):
+    """Return the item of the queue, or raise it if it is an exception, or
+    ClientDisconnected once disconnected() is true. Any number of threads may wait."""
+    while True:
+        try:
+            item = items.get(timeout=POLL_INTERVAL)
+        except queue.Empty:
+            if disconnected():
+                raise ClientDisconnected from None
+            continue
+        items.put(item)
+        if isinstance(item, Exception):
+            raise item.with_traceback(None)  # other threads raise the same one
+        return item
 
 
 def spec_of(model: Model, needs: Mapping[str, int]) -> ModelSpec:
@@ -5358,7 +5358,6 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
 _HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _HEADER_LINE)
-_HEADER = re.compile(r"([^:\r\n]+):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")
 _VERSION = rb"HTTP/1\.(?P<minor>[01])"
 _REQUEST_LINE = re.compile(
     rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
@@ -5412,13 +5411,18 @@ class MessageHead:
             raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
         if not _HEADER_LINES.fullmatch(raw, line_end + 2):
             raise BadRequest("a header line is malformed")
-        lines = _HEADER.findall(raw[line_end + 2 :].decode("latin-1"))
+        lines = raw.decode("latin-1").split("\r\n")[1:-2]
         if len(lines) > MAX_HEADER_LINES:
             raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
-        headers = [(name.lower(), value) for name, value in lines]
+        self.headers, framing = [], []
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip("\t ")
+            if name in _FRAMING:
+                framing.append(f"{name}: {value}".lower())
+            else:
+                self.headers.append((name, value))
         self.is_http_10 = self.start["minor"] == b"0"
-        self.headers = [each for each in headers if each[0] not in _FRAMING]
-        framing = [": ".join(each).lower() for each in headers if each[0] in _FRAMING]
         counted = _LENGTH.fullmatch("\n".join(framing))
         self.is_chunked = framing == ["transfer-encoding: chunked"]
         if framing and not counted and not self.is_chunked:
