@@ -4387,7 +4387,6 @@ class Broadcast:
         def get(timeout):
             with contextlib.suppress(queue.Empty):
                 return follower.get(timeout=timeout)
-            return None
 
         try:
             yield get
@@ -4765,16 +4764,6 @@ class Pool:
         was_squeezed = run.had_neighbours or is_too_large
         self._needs.learn(model, run.peak, was_squeezed, is_over)
 
-    def _raise_needs(self, name, victim):
-        """Raise the needs of a model that ran out of memory beside `victim`, until both
-        no longer fit together. The lock is held."""
-        freed = self._scheduler.models[victim].usage().needs
-        left = self._scheduler.left_beside(victim)
-        model = self.config.models.get(name)
-        if model and model.has_auto_needs:
-            least = {each: left[each] for each in self.budget if freed.get(each)}
-            self._needs.raise_to(model, least)
-
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
@@ -5099,7 +5088,12 @@ class Pool:
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loading again once {victim} is unloaded")
-            self._raise_needs(name, victim)
+            model = self.config.models.get(name)
+            if model and model.has_auto_needs:  # more than fits beside the victim
+                freed = self._scheduler.models[victim].usage().needs
+                left = self._scheduler.left_beside(victim)
+                least = {each: left[each] for each in self.budget if freed.get(each)}
+                self._needs.raise_to(model, least)
         self._update_needs()
         self._publish(name, "unloaded", exit_code=problem.exit_code if problem else 0)
 
