@@ -1911,7 +1911,7 @@ class Scheduler:
         model.spec = model.spec._replace(needs=needs)
 
     def left_beside(self, name: str) -> Dict[str, int]:
-        """Return what the models that are held, but for this one, leave of the budget."""
+        """Return what all models that are held but this one leave of the budget."""
         held = [each.usage().needs for each in self.held.values() if each.name != name]
         return {
             each: size - sum(needs.get(each, 0) for needs in held)
