@@ -2465,7 +2465,8 @@ class Upstream:
         """The backend gave a sign of life just now, such as a part of an answer."""
         if not self.seen_within(math.inf):
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+            self._suspended = suspended_seconds()
+        self._seen_at = time.monotonic()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -4944,7 +4945,7 @@ class Pool:
 
     def count_request(
         self, model: Optional[Model], status: int, seconds: float,
-        waited: Optional[float], speed: Optional[float], **amounts: int,
+        waited: Optional[float], speed: Optional[float], **amounts: Optional[int],
     ):
         """Count a request that has ended; `model` None: for none that is known.
 
@@ -4955,7 +4956,7 @@ class Pool:
         with self._lock:
             self._metrics["requests", name, status] += 1
             for metric, amount in amounts.items():
-                self._metrics[metric, name] += amount
+                self._metrics[metric, name] += amount or 0
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
@@ -5308,7 +5309,7 @@ _HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # closed, or its sendin
 
 class StallMonitor:
     """Call it after each POLL_INTERVAL without progress: it calls `on_tick()` and, once
-    `seconds` have passed, raises `on_stall` or, if that is a function, calls it."""
+    `seconds` have passed, `on_stall()`, and raises what that returns, if anything."""
 
     def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
         self._seconds, self._on_stall, self._on_tick = seconds, on_stall, on_tick
@@ -5321,10 +5322,10 @@ class StallMonitor:
     def __call__(self):
         self._on_tick()
         if time.monotonic() > self._end:
-            if isinstance(self._on_stall, Exception):
-                raise self._on_stall
             self.restart()
-            self._on_stall()
+            problem = self._on_stall()
+            if problem:
+                raise problem
 
 
 class SocketReader:
@@ -5426,9 +5427,9 @@ def render_head(start: str, headers: Headers) -> bytes:
 
 def end_to_end(head: "MessageHead", dropped: FrozenSet[str] = frozenset()) -> Headers:
     """Return the headers without the hop-by-hop ones and those to be dropped."""
-    named = map(str.strip, head.connection.split(","))
-    dropped = dropped.union(HOP_BY_HOP, named)
-    return [header for header in head.headers if header[0] not in dropped]
+    dropped = dropped.union(map(str.strip, head.connection.split(",")))
+    headers = [header for header in head.headers if header[0] not in HOP_BY_HOP]
+    return [header for header in headers if header[0] not in dropped]
 
 
 _FRAMING = ("content-length", "transfer-encoding")
@@ -5681,8 +5682,7 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload, b"" at its end."""
-        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
-        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled, self.on_tick)
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, _stalled, self.on_tick)
         try:
             if self._expects:
                 self._expects = False
@@ -5694,6 +5694,10 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
+
+
+def _stalled():
+    return RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -5800,8 +5804,8 @@ class ClientResponse:
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
-        left = ClientDisconnected()
-        self._stall = StallMonitor(STALL_SECONDS, left, self.check_cancelled)
+        disconnected = ClientDisconnected
+        self._stall = StallMonitor(STALL_SECONDS, disconnected, self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -6096,7 +6100,7 @@ def _tunnel(answer, response):
 
 def _copy(source, target):
     """Copy bytes until either connection ends; then shut both down."""
-    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected())
+    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected)
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
@@ -7650,8 +7654,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, late)
+        late = f"the head took longer than {HEAD_SECONDS:g} s"
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(late))
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -7698,7 +7702,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.model, status, seconds, self.waited, speed,
             bytes_in=self.body.received if self.body else 0,
             bytes_out=response.sent,
-            **{name: amount or 0 for name, amount in amounts.items()},
+            **amounts,
         )  # fmt: skip
 
     def _new_row(self):
@@ -7776,8 +7780,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
         name = _host_name(host)
-        is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
-        if self.is_on_loopback and not is_allowed:
+        is_listed = not name or name in allowed or "*" in allowed
+        if self.is_on_loopback and not (is_listed or _IP_ADDRESS.fullmatch(name)):
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
