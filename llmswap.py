@@ -1765,6 +1765,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
         self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
@@ -1977,6 +1978,7 @@ class Scheduler:
         stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
+        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
         for name in self.models.keys() - specs.keys():
             problem = ModelNotFound(f"{name!r} is no longer in the configuration")
             specs = {**specs, name: ModelSpec(problem=problem)}
@@ -2226,12 +2228,13 @@ class Scheduler:
         that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self.is_keep_loaded_paused:
             return
-        for model in self.models.values():
-            if not model.spec.keep_loaded or model.is_released:
-                continue
+        for model in map(self.models.get, self._kept):
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
-            if is_missing and self._fits({model.name: model.usage_when_loaded()}):
+            if not (is_wanted and is_missing):
+                continue
+            if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2263,7 +2266,7 @@ class Scheduler:
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
             return cause, min(model.unload_by, once_drained)
-        if model.is_stopping_soon:
+        if model.replacement is not None:
             return "reload", once_drained
         if model.drains_for:
             is_loading = model.state is State.LOADING
@@ -2511,7 +2514,6 @@ class Upstream:
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
-        self.mark_alive()
         self._idle.append(sock)
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
@@ -5427,9 +5429,9 @@ def render_head(start: str, headers: Headers) -> bytes:
 
 def end_to_end(head: "MessageHead", dropped: FrozenSet[str] = frozenset()) -> Headers:
     """Return the headers without the hop-by-hop ones and those to be dropped."""
-    dropped = dropped.union(map(str.strip, head.connection.split(",")))
-    headers = [header for header in head.headers if header[0] not in HOP_BY_HOP]
-    return [header for header in headers if header[0] not in dropped]
+    named = map(str.strip, head.connection.split(","))
+    dropped = dropped.union(HOP_BY_HOP, named)
+    return [header for header in head.headers if header[0] not in dropped]
 
 
 _FRAMING = ("content-length", "transfer-encoding")
@@ -6610,17 +6612,25 @@ class Usage(NamedTuple):
     prompt_speed: Optional[float] = None  # of those in, per second
 
 
-_USAGE_NAMES = (  # of each field of Usage
-    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
-    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
-    ("predicted_per_second",),
-    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
-    ("prompt_per_second",),
-)
+_USAGE_FIELDS = {  # fields of Usage by names in answers, of which the last counts
+    "prompt_n": "tokens_in",
+    "tokens_evaluated": "tokens_in",
+    "input_tokens": "tokens_in",
+    "prompt_tokens": "tokens_in",
+    "predicted_n": "tokens_out",
+    "tokens_predicted": "tokens_out",
+    "output_tokens": "tokens_out",
+    "completion_tokens": "tokens_out",
+    "predicted_per_second": "tokens_per_second",
+    "cache_n": "tokens_cached",
+    "cache_read_input_tokens": "tokens_cached",
+    "cached_tokens": "tokens_cached",
+    "prompt_per_second": "prompt_speed",
+}
 # The text that a model writes cannot match: quotes in it are escaped.
 _USAGE = re.compile(
     rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
-    % "|".join(sum(_USAGE_NAMES, ())).encode()
+    % "|".join(_USAGE_FIELDS).encode()
 )
 
 
@@ -6638,10 +6648,10 @@ def usage_in(excerpt: bytes) -> Usage:
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    return Usage(*(
-        next((numbers[name] for name in names if name in numbers), None)
-        for names in _USAGE_NAMES
-    ))
+    return Usage(**{
+        field: numbers[name]
+        for name, field in _USAGE_FIELDS.items() if name in numbers
+    })
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
