@@ -3570,23 +3570,22 @@ class LlamaServerBackend(ProcessBackend):
 
     def _command(self):
         """Return its command, with a folder for its contexts if there can be one."""
-        self._digest = ""
-        root = os.path.dirname(self.model.context_dir.rstrip("/"))
+        self._digest, self._files = "", self.model.context_dir
+        root = os.path.dirname(self._files.rstrip("/"))
         try:
-            for folder in (os.path.dirname(root), root, self.model.context_dir):
+            for folder in (os.path.dirname(root), root, self._files):
                 os.makedirs(folder, 0o700, exist_ok=True)
         except OSError as error:
             self._note(f"contexts cannot be kept: {error}")
             self.model = self.model._replace(context_dir="")
-            return super()._command()
         argv = super()._command()
         paths = [path for word, path in zip(argv, argv[1:]) if word == f"--{SAVE_PATH}"]
-        if not paths:
-            self._note("this llama-server cannot save contexts")
-        elif EMBEDDING_OPTIONS.isdisjoint(argv):
+        if paths and EMBEDDING_OPTIONS.isdisjoint(argv):
             folder = os.path.join(self.model.settings.cwd, paths[-1])
             self._files = os.path.join(os.path.abspath(folder), "")
             self._digest = self._digest_of(argv)
+        elif self.model.context_dir and not paths:
+            self._note("this llama-server cannot save contexts")
         return argv
 
     def _digest_of(self, argv):
@@ -3611,8 +3610,6 @@ class LlamaServerBackend(ProcessBackend):
         self._unused = 0  # the most of them, until an answer used some
         self._longest = 0  # tokens that an answer of this run left in a slot
         self._is_useless = False
-        if not self._digest:
-            return True
         try:
             saved = self._contexts.pop(self.model.context_dir)
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
@@ -3620,7 +3617,7 @@ class LlamaServerBackend(ProcessBackend):
             if saved.slots and saved.command != self._digest:
                 text = "the command or a file has changed"
                 self._note(f"context was not restored: {text}")
-            elif saved.slots and is_whole and self._keeps_context():
+            elif saved.slots and is_whole:
                 self._speed = saved.speed
                 tokens = sum(tokens for _, _, tokens in saved.slots)
                 limit = min(self.model.settings.stop_timeout, tokens / saved.speed)
@@ -3644,18 +3641,16 @@ class LlamaServerBackend(ProcessBackend):
             return  # asleep, it holds nothing, and a question would wake it
         if self._unused and self._is_useless:
             self._count_failure("the restored context was of no use")
-        began, saved, self._is_saving = time.monotonic(), SavedContext(), True
+        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
+        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
+        slots, self._is_saving = [], True
         try:
-            if self._keeps_context():
-                saved = self._save_slots(began)
-            if saved.slots:
-                self._contexts.put(self.model.context_dir, saved)
-                self._tell("saved", saved, began)
+            if self._digest and is_wanted and not is_failing:
+                slots = self._save_slots(time.monotonic())
         except (OSError, *MALFORMED) as error:
-            saved = SavedContext()
             self._count_failure(f"context was not saved: {error}")
         self._is_saving = False
-        self._discard_all_but(saved.slots)
+        self._discard_all_but(slots)
 
     def _save_slots(self, began):
         limit = self.model.settings.stop_timeout
@@ -3670,19 +3665,18 @@ class LlamaServerBackend(ProcessBackend):
         for number in tokens:
             name = f"{folder_name(self.model.name)}.{number}.{os.urandom(4).hex()}"
             path = self._files + name
-            os.close(open_private(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            open(path, "x", opener=open_private).close()
             answer = self._ask(deadline, f"/slots/{number}?action=save", path)
             if os.path.getsize(path) != answer["n_written"]:
                 raise OSError("the file is not whole; is the disk full?")
             if answer["n_saved"] >= MIN_CONTEXT:
                 size += answer["n_written"]
                 slots.append((number, path, answer["n_saved"]))
-        return SavedContext(self._digest, self._speed, size, slots)
-
-    def _keeps_context(self):
-        is_wanted = self._contexts.size_of(self.model.context_dir) is not None
-        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
-        return self._digest and is_wanted and not is_failing
+        if slots:
+            saved = SavedContext(self._digest, self._speed, size, slots)
+            self._contexts.put(self.model.context_dir, saved)
+            self._tell("saved", saved, began)
+        return slots
 
     def _count_failure(self, text):
         is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
@@ -3723,33 +3717,28 @@ class LlamaServerBackend(ProcessBackend):
 
 BUSY_GPU = 10  # per cent of use
 _CSV = "--format=csv,noheader,nounits"
-_GPU_QUERIES = {  # by tool: options; the numbers in a row of the answer; their units
-    "processes": {
-        "nvidia-smi": (["--query-compute-apps=pid,used_gpu_memory", _CSV],
-                       r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
-        "rocm-smi": (["--showpids"], r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
-    },
-    "sizes": {
-        "nvidia-smi": (["--query-gpu=memory.total,memory.used", _CSV],
-                       r"^ *(\d+), *(\d+) *$", (1 << 20, 1 << 20)),
-        "rocm-smi": (["--showmeminfo", "vram", "--csv"],
-                     r"^card\d+,(\d+),(\d+)", (1, 1)),
-    },
-    "use": {
-        "nvidia-smi": (["--query-gpu=utilization.gpu", _CSV], r"^\s*(\d+)\s*$", (1,)),
-        "rocm-smi": (["--showuse", "--csv"], r"^card\d+,\s*(\d+)", (1,)),
-    },
-}  # fmt: skip
+_GPU_QUERIES = (  # question; command; the numbers in a row of its answer; their units
+    ("processes", f"nvidia-smi --query-compute-apps=pid,used_gpu_memory {_CSV}",
+     r"^\s*(\d+)\b(?:,\s*(\d+))?", (1, 1 << 20)),
+    ("processes", "rocm-smi --showpids",
+     r"^\s*(\d+)\b(?:\s+\S+\s+\S+\s+(\d+)\b)?", (1, 1)),
+    ("sizes", f"nvidia-smi --query-gpu=memory.total,memory.used {_CSV}",
+     r"^ *(\d+), *(\d+) *$", (1 << 20, 1 << 20)),
+    ("sizes", "rocm-smi --showmeminfo vram --csv", r"^card\d+,(\d+),(\d+)", (1, 1)),
+    ("use", f"nvidia-smi --query-gpu=utilization.gpu {_CSV}", r"^\s*(\d+)\s*$", (1,)),
+    ("use", "rocm-smi --showuse --csv", r"^card\d+,\s*(\d+)", (1,)),
+)  # fmt: skip
 
 
-def ask_gpus(query: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
+def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
     """Return what the vendor's tool answers: of `processes` that use a GPU the pid and
     bytes (0: not told), of `sizes` each GPU's total and used bytes, of `use` per cent.
     """
     rows = []
-    for tool, (options, row, units) in _GPU_QUERIES[query].items():
-        if shutil.which(tool):
-            _, text = run_command([tool, *options], timeout)
+    for about, command, row, units in _GPU_QUERIES:
+        argv = command.split()
+        if about == question and shutil.which(argv[0]):
+            _, text = run_command(argv, timeout)
             for match in re.finditer(row, text, re.MULTILINE):
                 cells = zip(match.groups("0"), units)
                 rows.append(tuple(int(cell) * unit for cell, unit in cells))
@@ -3799,21 +3788,20 @@ UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
 RUNNING = ("active", "activating", "reloading")
 
 
-def systemctl(unit: str, verb: str, *options: str) -> List[str]:
-    """Return the command that does this to a unit, named as `unit =` names it."""
+def systemctl(unit: str, verb: str, *options: str, **limits):
+    """Do this to a unit, named as `unit =` names it; see run_command."""
     scope = "--system" if unit.startswith("system:") else "--user"
     words = ["systemctl", scope, "--no-ask-password", verb, *options]
-    return [*words, "--", unit.removeprefix("system:")]
+    argv = [*words, "--", unit.removeprefix("system:")]
+    limits = {"timeout": COMMAND_TIMEOUT, **limits}
+    return run_command(argv, stderr=subprocess.STDOUT, **limits)
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-
-    def state(unit):
-        return run_command(systemctl(unit, "is-active"), COMMAND_TIMEOUT, gives_up)[1]
-
-    return {unit for unit in units if state(unit) in RUNNING}
+    states = {unit: systemctl(unit, "is-active", until=gives_up)[1] for unit in units}
+    return {unit for unit, state in states.items() if state in RUNNING}
 
 
 class UnitBackend(Backend):
@@ -3833,9 +3821,10 @@ class UnitBackend(Backend):
         limit = self._load_timeout
         deadline = time.monotonic() + limit
         if not self._is_started:
-            self._systemctl("reset-failed")
+            systemctl(self.location, "reset-failed")
             self._is_started = True
-            status, text = self._systemctl("start", limit, lambda: self._is_stop_asked)
+            limits = {"timeout": limit, "until": lambda: self._is_stop_asked}
+            status, text = systemctl(self.location, "start", **limits)
             if status is None and time.monotonic() >= deadline:
                 raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
@@ -3870,25 +3859,21 @@ class UnitBackend(Backend):
             return
         gpu_users = group_members(self.pid)
         if not self._is_ready:
-            self._systemctl("kill", options=["--signal=KILL"])
+            systemctl(self.location, "kill", "--signal=KILL")
         timeout = self.model.settings.stop_timeout
-        status, text = self._systemctl("stop", timeout, lambda: self._is_kill_asked)
+        limits = {"timeout": timeout, "until": lambda: self._is_kill_asked}
+        status, text = systemctl(self.location, "stop", **limits)
         if status != 0:
             self._note(f"systemctl stop: {text or 'no answer'}; it is killed")
-            self._systemctl("kill", options=["--signal=KILL"])
-            self._systemctl("stop")
+            systemctl(self.location, "kill", "--signal=KILL")
+            systemctl(self.location, "stop")
         self._exited.set()
         self._is_ready = self._is_started = False
         settle(gpu_users, self._settle_timeout)
 
-    def _systemctl(self, verb, timeout=None, until=lambda: False, options=()):
-        argv = systemctl(self.location, verb, *options)
-        timeout = COMMAND_TIMEOUT if timeout is None else timeout
-        return run_command(argv, timeout, until, stderr=subprocess.STDOUT)
-
     def _show(self, **defaults):
         """Return these properties of the unit, the defaults if systemd is silent."""
-        _, text = self._systemctl("show", options=["-p", ",".join(defaults)])
+        _, text = systemctl(self.location, "show", "-p", ",".join(defaults))
         shown = dict(row.partition("=")[::2] for row in text.split("\n"))
         return {**defaults, **shown}
 
@@ -4006,8 +3991,7 @@ def size_of_files(words: List[str], folder: str, options=MODEL_OPTIONS) -> int:
     all shards of those of which they name the first."""
     named = {after for word, after in zip(words, words[1:]) if word in options}
     paths = [glob.escape(os.path.join(folder, path)) for path in named]
-    first = re.compile(r"-00001-of-(\d{5}\.gguf)$")
-    patterns = [first.sub(r"-?????-of-\1", path) for path in paths]
+    patterns = [re.sub(r"-00001(-of-\d{5}\.gguf)$", r"-?????\1", p) for p in paths]
     files = itertools.chain.from_iterable(map(glob.iglob, patterns))
     return sum(map(os.path.getsize, filter(os.path.isfile, files)))
 
@@ -4121,13 +4105,12 @@ class Needs:
     def __init__(self, directory: str, log):
         self._path = os.path.join(directory, "needs.json")
         self._log = log
-        self._saved = {}
+        self._known, self._saving = {}, threading.Lock()
         try:
-            self._saved = self._read()
+            self._known = self._read()
         except OSError as error:
             log("warning", f"{self._path} cannot be read: {error}")
-        self._known = dict(self._saved)
-        self._saving = threading.Lock()
+        self._saved = dict(self._known)
 
     def of(self, model: Model, budget: Mapping[str, int]) -> Tuple[Dict[str, int], str]:
         """Return the model's needs, all of the budget if unknown, and their source."""
@@ -4192,7 +4175,6 @@ class Needs:
         with self._saving:
             rows = {key: row for key, row in [*self._known.items()]
                     if row.amounts and row.source != "out of memory"}
-            rows = {**self._saved, **rows}
             if rows == self._saved:
                 return
             self._saved = rows
@@ -4235,50 +4217,21 @@ def _command_key(model):
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
 LOOK_EVERY = 1.0  # s, at most, unless a model is new
-GGUF_NUMBERS = "BbHhIif?  Qqd"  # the format of each type of number
-GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_LIMIT = 1 << 16  # keys, items of an array, bytes of a string
+GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
+GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
+    rb"\0[\w-]+\.(\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
+)
 
 
-def read_gguf(path: str) -> Dict[str, object]:
-    """Return the metadata of a GGUF file by key, those before its tokenizer; arrays as
-    None. A file that is cut, or no GGUF, has none."""
-    metadata = {}
-    try:
-        with open(path, "rb") as file:
-            magic, version, _, count = _unpack(file, "4sIQQ")
-            if magic != b"GGUF" or version < 2:
-                return {}
-            for _ in range(min(count, GGUF_LIMIT)):
-                key = _gguf_value(file, GGUF_STRING)
-                if key.startswith("tokenizer."):
-                    break
-                metadata[key] = _gguf_value(file, *_unpack(file, "I"))
-    except (LookupError, OSError, ValueError, struct.error):
-        return {}
-    return metadata
-
-
-def _unpack(file, form):
-    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
-
-
-def _gguf_value(file, kind):
-    if kind == GGUF_ARRAY:
-        item, count = _unpack(file, "IQ")
-        if count > GGUF_LIMIT or item == GGUF_ARRAY:
-            raise ValueError("no array before the tokenizer is so large, or nested")
-        for _ in range(count):
-            _gguf_value(file, item)
-        return None
-    form = GGUF_NUMBERS[kind]
-    if kind == GGUF_STRING:
-        (size,) = _unpack(file, "Q")
-        if size > GGUF_LIMIT:
-            raise ValueError("the string is too long")
-        form = f"{size}s"
-    (value,) = _unpack(file, form)
-    return value.decode("utf-8", "replace") if kind == GGUF_STRING else value
+def read_gguf(path: str) -> Dict[str, int]:
+    """Return 32-bit numbers and flags among the metadata of a GGUF file, those before
+    its tokenizer, by the last word of their keys. Another file has none."""
+    head = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(GGUF_HEAD).partition(b"tokenizer.")[0]
+    facts = GGUF_FACT.findall(head) if head.startswith(b"GGUF") else ()
+    return {key.decode(): int.from_bytes(number or flag, "little")
+            for key, number, flag in facts}
 
 
 class Details(NamedTuple):
@@ -4341,9 +4294,9 @@ class Inspector:
         header = self._header(model, options.get("--model", ""))
         projector = self._header(model, options.get("--mmproj", ""))
         for encoder, name in (("vision", "image"), ("audio", "audio")):
-            if projector.get(f"clip.has_{encoder}_encoder") is True:
+            if projector.get(f"has_{encoder}_encoder"):
                 inputs.append(name)
-        trained = header.get(f"{header.get('general.architecture')}.context_length")
+        trained = header.get("context_length")
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
