@@ -2023,7 +2023,8 @@ class Scheduler:
         before, counts = None, self._count_changes()
         while counts != before:  # a decision may make others possible
             self._next_deadline = math.inf
-            self._serve_queue(now)
+            if self._queue:
+                self._serve_queue(now)
             self._stop_models(now)
             self._start_keep_loaded(now)
             before, counts = counts, self._count_changes()
@@ -4479,6 +4480,12 @@ class Pool:
         self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
+        self._methods = {
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
+        }  # which carry decisions out; True if that failed
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
         self._last_request_at = clock()
@@ -4939,19 +4946,10 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        methods = {
-            Grant: self._grant,
-            Refuse: self._refuse,
-            Start: self._start,
-            Stop: self._stop,
-        }
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
+        failures = [True]
+        while any(failures):  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
-            for decision in decisions:
-                if methods[type(decision)](*decision):
-                    has_failed = True
+            failures = [self._methods[type(each)](*each) for each in decisions]
         self._revise()
         if deadline < self._timer_at:
             self._timer_at = deadline
@@ -8951,11 +8949,12 @@ class FileWatch:
         """Look at the file unless that was done within WATCH_EVERY; if it changed, call
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         now = time.monotonic()
-        with contextlib.suppress(RuntimeError):  # no more threads can be started
-            with self._lock:
-                if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
-                    self._looked_at = now
+        with self._lock:
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
+                self._looked_at = now
+                with contextlib.suppress(RuntimeError):  # no more threads can be started
                     self._look = start_thread(self._find_change, "watch", on_change)
+        if self._look.is_alive():
             self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
