@@ -1750,6 +1750,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
+        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
         self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
@@ -1957,6 +1958,7 @@ class Scheduler:
         stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
+        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
         for name in self.models.keys() - specs.keys():
             problem = ModelNotFound(f"{name!r} is no longer in the configuration")
             specs = {**specs, name: ModelSpec(problem=problem)}
@@ -2001,7 +2003,8 @@ class Scheduler:
         before, counts = None, self._count_changes()
         while counts != before:  # a decision may make others possible
             self._next_deadline = math.inf
-            self._serve_queue(now)
+            if self._queue:
+                self._serve_queue(now)
             self._stop_models(now)
             self._start_keep_loaded(now)
             before, counts = counts, self._count_changes()
@@ -2206,12 +2209,13 @@ class Scheduler:
         that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self.is_keep_loaded_paused:
             return
-        for model in self.models.values():
-            if not model.spec.keep_loaded or model.is_released:
-                continue
+        for model in map(self.models.get, self._kept):
+            is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
-            if is_missing and self._fits({model.name: model.usage_when_loaded()}):
+            if not (is_wanted and is_missing):
+                continue
+            if self._fits({model.name: model.usage_when_loaded()}):
                 moment = max(model.retry_at, model.keep_loaded_at)
                 if now >= moment:
                     self._start(model, now)
@@ -2243,7 +2247,7 @@ class Scheduler:
         if model.unload_by is not None:
             cause = "shutdown" if self._closing_error else "unload"
             return cause, min(model.unload_by, once_drained)
-        if model.is_stopping_soon:
+        if model.replacement is not None:
             return "reload", once_drained
         if model.drains_for:
             is_loading = model.state is State.LOADING
@@ -2445,7 +2449,8 @@ class Upstream:
         """The backend gave a sign of life just now, such as a part of an answer."""
         if not self.seen_within(math.inf):
             self._close_idle()
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+            self._suspended = suspended_seconds()
+        self._seen_at = time.monotonic()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -2490,7 +2495,6 @@ class Upstream:
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
-        self.mark_alive()
         self._idle.append(sock)
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
@@ -4445,6 +4449,12 @@ class Pool:
         self._scheduler = Scheduler(*self._limits_and_specs())
         self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
+        self._methods = {
+            Grant: self._grant,
+            Refuse: self._refuse,
+            Start: self._start,
+            Stop: self._stop,
+        }  # which carry decisions out; True if that failed
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
         self._last_request_at = clock()
@@ -4514,17 +4524,19 @@ class Pool:
                     yield backend
                     return
             finally:
-                with self._event() as now:
-                    self._last_request_at = now
+                with self._lock:  # as _event(), but faster
+                    self._last_request_at = now = self._clock()
                     self._scheduler.finish(ticket, now)
+                    self._schedule()
 
     def _submit(self, model, **kind):
         """Queue a ticket; its `waiter` gets the backend, or an APIError."""
-        with self._event() as now:
+        with self._lock:  # as _event(), but faster
+            self._last_request_at = now = self._clock()
             name = self._scheduler.choose(model.backends).name
-            self._last_request_at = now
             ticket = self._scheduler.submit(name, now, **kind)
             ticket.waiter = queue.SimpleQueue()
+            self._schedule()
         return ticket
 
     def _check_start(self, model, disconnected=lambda: False):
@@ -4839,7 +4851,7 @@ class Pool:
 
     def count_request(
         self, model: Optional[Model], status: int, seconds: float,
-        waited: Optional[float], speed: Optional[float], **amounts: int,
+        waited: Optional[float], speed: Optional[float], **amounts: Optional[int],
     ):
         """Count a request that has ended; `model` None: for none that is known.
 
@@ -4850,7 +4862,7 @@ class Pool:
         with self._lock:
             self._metrics["requests", name, status] += 1
             for metric, amount in amounts.items():
-                self._metrics[metric, name] += amount
+                self._metrics[metric, name] += amount or 0
             self._metrics.observe("durations", name, seconds)
             if waited is not None:
                 self._metrics.observe("waits", name, waited)
@@ -4878,19 +4890,10 @@ class Pool:
 
     def _schedule(self):
         """Decide and carry the decisions out. The lock is held."""
-        methods = {
-            Grant: self._grant,
-            Refuse: self._refuse,
-            Start: self._start,
-            Stop: self._stop,
-        }
-        has_failed = True
-        while has_failed:  # a start that fails at once is an event of its own
-            has_failed = False
+        failures = [True]
+        while any(failures):  # a start that fails at once is an event of its own
             decisions, deadline = self._scheduler.decide(self._clock())
-            for decision in decisions:
-                if methods[type(decision)](*decision):
-                    has_failed = True
+            failures = [self._methods[type(each)](*each) for each in decisions]
         self._revise()
         if deadline < self._timer_at:
             self._timer_at = deadline
@@ -5207,7 +5210,7 @@ _HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # closed, or its sendin
 
 class StallMonitor:
     """Call it after each POLL_INTERVAL without progress: it calls `on_tick()` and, once
-    `seconds` have passed, raises `on_stall` or, if that is a function, calls it."""
+    `seconds` have passed, `on_stall()`, and raises what that returns, if anything."""
 
     def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
         self._seconds, self._on_stall, self._on_tick = seconds, on_stall, on_tick
@@ -5220,10 +5223,10 @@ class StallMonitor:
     def __call__(self):
         self._on_tick()
         if time.monotonic() > self._end:
-            if isinstance(self._on_stall, Exception):
-                raise self._on_stall
             self.restart()
-            self._on_stall()
+            problem = self._on_stall()
+            if problem:
+                raise problem
 
 
 class SocketReader:
@@ -5580,8 +5583,7 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload, b"" at its end."""
-        stalled = RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
-        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled, self.on_tick)
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, _stalled, self.on_tick)
         try:
             if self._expects:
                 self._expects = False
@@ -5593,6 +5595,10 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
+
+
+def _stalled():
+    return RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -5699,8 +5705,8 @@ class ClientResponse:
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
-        left = ClientDisconnected()
-        self._stall = StallMonitor(STALL_SECONDS, left, self.check_cancelled)
+        disconnected = ClientDisconnected
+        self._stall = StallMonitor(STALL_SECONDS, disconnected, self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -5995,7 +6001,7 @@ def _tunnel(answer, response):
 
 def _copy(source, target):
     """Copy bytes until either connection ends; then shut both down."""
-    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected())
+    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected)
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
@@ -6505,17 +6511,25 @@ class Usage(NamedTuple):
     prompt_speed: Optional[float] = None  # of those in, per second
 
 
-_USAGE_NAMES = (  # of each field of Usage
-    ("prompt_tokens", "input_tokens", "tokens_evaluated", "prompt_n"),
-    ("completion_tokens", "output_tokens", "tokens_predicted", "predicted_n"),
-    ("predicted_per_second",),
-    ("cached_tokens", "cache_read_input_tokens", "cache_n"),
-    ("prompt_per_second",),
-)
+_USAGE_FIELDS = {  # fields of Usage by names in answers, of which the last counts
+    "prompt_n": "tokens_in",
+    "tokens_evaluated": "tokens_in",
+    "input_tokens": "tokens_in",
+    "prompt_tokens": "tokens_in",
+    "predicted_n": "tokens_out",
+    "tokens_predicted": "tokens_out",
+    "output_tokens": "tokens_out",
+    "completion_tokens": "tokens_out",
+    "predicted_per_second": "tokens_per_second",
+    "cache_n": "tokens_cached",
+    "cache_read_input_tokens": "tokens_cached",
+    "cached_tokens": "tokens_cached",
+    "prompt_per_second": "prompt_speed",
+}
 # The text that a model writes cannot match: quotes in it are escaped.
 _USAGE = re.compile(
     rb'"(%b)"\s*:\s*(\d{1,15}(?:\.\d+)?(?:[eE][-+]?\d\d?)?)\s*[,}]'
-    % "|".join(sum(_USAGE_NAMES, ())).encode()
+    % "|".join(_USAGE_FIELDS).encode()
 )
 
 
@@ -6533,10 +6547,10 @@ def usage_in(excerpt: bytes) -> Usage:
         numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
     if "prompt_n" in numbers:  # so does llama-server
         numbers["prompt_n"] += numbers.get("cache_n", 0)
-    return Usage(*(
-        next((numbers[name] for name in names if name in numbers), None)
-        for names in _USAGE_NAMES
-    ))
+    return Usage(**{
+        field: numbers[name]
+        for name, field in _USAGE_FIELDS.items() if name in numbers
+    })
 
 
 def speed_of(usage: Usage, seconds: float) -> Optional[float]:
@@ -7537,8 +7551,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        late = RequestTimeout(f"the head took longer than {HEAD_SECONDS:g} s")
-        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, late)
+        late = f"the head took longer than {HEAD_SECONDS:g} s"
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(late))
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -7585,7 +7599,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.model, status, seconds, self.waited, speed,
             bytes_in=self.body.received if self.body else 0,
             bytes_out=response.sent,
-            **{name: amount or 0 for name, amount in amounts.items()},
+            **amounts,
         )  # fmt: skip
 
     def _new_row(self):
@@ -7663,8 +7677,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
         name = _host_name(host)
-        is_allowed = not name or {name, "*"} & {*allowed} or _IP_ADDRESS.fullmatch(name)
-        if self.is_on_loopback and not is_allowed:
+        is_listed = not name or name in allowed or "*" in allowed
+        if self.is_on_loopback and not (is_listed or _IP_ADDRESS.fullmatch(name)):
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
         is_safe = head.method in SAFE_METHODS and not head.is_upgrade
         if origin and not is_safe and not self._is_origin_allowed(origin):
@@ -8870,11 +8884,12 @@ class FileWatch:
         """Look at the file unless that was done within WATCH_EVERY; if it changed, call
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         now = time.monotonic()
-        with contextlib.suppress(RuntimeError):  # no more threads can be started
-            with self._lock:
-                if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
-                    self._looked_at = now
+        with self._lock:
+            if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
+                self._looked_at = now
+                with contextlib.suppress(RuntimeError):  # no more threads can be started
                     self._look = start_thread(self._find_change, "watch", on_change)
+        if self._look.is_alive():
             self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
     def _find_change(self, on_change):
