@@ -5199,6 +5199,7 @@ HOP_BY_HOP = frozenset(
 )
 
 SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
+JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 Headers = List[Tuple[str, str]]
 
 
@@ -5400,6 +5401,7 @@ class Request(MessageHead):
     def __init__(self, raw: bytes):
         super().__init__(raw, _REQUEST_LINE, 0)
         self.method = self.start["method"].decode()
+        self.is_safe = self.method in ("GET", "HEAD", "OPTIONS")
         self.target = self.start["target"].decode("latin-1")
         if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
@@ -5803,24 +5805,35 @@ class ClientResponse:
         sent = b"\n\n" + self.excerpt
         return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    def _error_event(self, body):
-        """Return an event that the client's SDK raises as this error."""
-        if not self.is_for_anthropic:
-            return as_event(body)
-        return b"event: error\n" + as_event({"type": "error", **body})
+    def _error_body(self, problem, error=None):
+        """Return the problem, or an error of the backend, as the client's SDK expects
+        it: OpenAI's or Anthropic's."""
+        more = {"type": problem.type, "param": problem.param, "code": problem.code}
+        body = {"error": error or {"message": str(problem), **more}}
+        return {"type": "error", **body} if self.is_for_anthropic else body
 
-    def abort(self, problem: APIError, body: Optional[dict] = None):
+    def answer_error(self, problem: APIError, *headers: Tuple[str, str]):
+        """Send a whole response of our own that reports a problem."""
+        if problem.retry_after is not None:
+            headers += (("retry-after", str(math.ceil(problem.retry_after))),)
+        if problem.may_retry is not None:
+            headers += (("x-should-retry", str(problem.may_retry).lower()),)
+        payload = to_json(self._error_body(problem))
+        self.answer(payload, problem.status, JSON_TYPE, *headers)
+
+    def abort(self, problem: APIError, error: Optional[dict] = None):
         """End a response that broke off so that the client notices.
 
-        Between two events it gets one more, with `body` or the problem. Then the
-        connection is closed before the end of the response, by a reset if that has
-        neither a length nor chunks. After an early head alone, it ends as usual.
+        Between two events it gets one more, with the backend's `error` or the problem.
+        Then the connection is closed before the end of the response, by a reset if that
+        has neither a length nor chunks. After an early head alone, it ends as usual.
         """
         self.problem = problem
         has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self._error_event(body or error_body(problem)))
+                name = b"event: error\n" if self.is_for_anthropic else b""
+                self.send(name + as_event(self._error_body(problem, error)))
             if self.is_early and not has_payload:
                 return self.end()
             self.flush()
@@ -5831,23 +5844,12 @@ class ClientResponse:
             self.sock.close()  # after a shutdown() it would end normally
 
 
-def error_body(problem: APIError) -> dict:
-    """Return an error as clients of OpenAI's API expect it."""
-    more = {"type": problem.type, "param": problem.param, "code": problem.code}
-    return {"error": {"message": str(problem), **more}}
-
-
 # -- one request to a backend, one answer back -----------------------------------------
 
 
-class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it, in chunks if the body's size is unknown. A body
-    that is not complete can be sent only once."""
-
-    method: str
-    target: str
-    headers: Headers
-    body: Body
+# As the backend gets it, in chunks if the length of the Body is unknown. With a Body
+# that is not complete it can be sent only once.
+UpstreamRequest = namedtuple("UpstreamRequest", "method target headers body")
 
 
 def relay(
@@ -5979,11 +5981,10 @@ def _pass_on_as_event(answer, response):
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
     problem.status = answer.status if answer.status >= 400 else 502  # as it is counted
-    body = None
+    error = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else None
-    response.abort(problem, body)
+    response.abort(problem, error if isinstance(error, dict) else None)
 
 
 def _tunnel(answer, response):
@@ -7420,7 +7421,6 @@ NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting ch
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
@@ -7432,7 +7432,6 @@ OLLAMA_PATH = re.compile(
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
-JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
@@ -7631,36 +7630,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
         if response.status:
-            response.abort(error)
-        else:
-            self._send_error(error)
-
-    def _send_error(self, error):
+            return response.abort(error)
         headers = []
-        if error.retry_after is not None:
-            headers.append(("retry-after", str(math.ceil(error.retry_after))))
-        if error.may_retry is not None:
-            headers.append(("x-should-retry", str(error.may_retry).lower()))
         if error.status == 401:  # Basic makes a browser ask for it, as a password
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
             headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
-        body = error_body(error)
-        if self.response.is_for_anthropic:
-            body = {"type": "error", **body}
-        self._send_json(body, error.status, *headers)
+        response.answer_error(error, *headers)
 
-    def _send_json(self, value, status=200, *headers):
-        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
+    def _send_json(self, value):
+        self.response.answer(to_json(value), 200, JSON_TYPE)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
         self.response.answer(text.encode(), 200, content_type)
 
-    def _stream(self, next_item, render):
+    def _stream(self, next_item, content_type="text/event-stream", render=as_event):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
         and returns None after POLL_INTERVAL."""
+        self.response.start_stream(content_type)
         self.response.flush()
         while not self.server.is_closing and self.head.method != "HEAD":
             item = next_item()
@@ -7680,8 +7669,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_listed = not name or name in allowed or "*" in allowed
         if self.is_on_loopback and not (is_listed or _IP_ADDRESS.fullmatch(name)):
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
-        is_safe = head.method in SAFE_METHODS and not head.is_upgrade
-        if origin and not is_safe and not self._is_origin_allowed(origin):
+        is_harmless = head.is_safe and not head.is_upgrade
+        if origin and not is_harmless and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin))
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
@@ -7708,14 +7697,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
         if not site:
             return bool(origin) and not self._is_own_origin(origin)
-        is_navigation = head.get("sec-fetch-mode") == "navigate"
-        is_link = is_navigation and head.method in SAFE_METHODS
+        is_link = head.is_safe and head.get("sec-fetch-mode") == "navigate"
         return site not in ("same-origin", "none") and not is_link
 
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
         head, site = self.head, self.head.get("sec-fetch-site")
-        if site == "same-origin" or head.method not in SAFE_METHODS:
+        if site == "same-origin" or not head.is_safe:
             return
         is_browser = site or head.get("user-agent").startswith("Mozilla/")
         origin = head.get("origin") or "/".join(head.get("referer").split("/")[:3])
@@ -7761,11 +7749,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if route:
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
-        for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
-                self.body.hold(SMALL_BODY if methods else 0)
-                rest = path[len(prefix) :]
-                return action(self, rest.rstrip("/") if methods else rest)
+        if path.startswith("/upstream/"):
+            return self.route_upstream(path[len("/upstream/") :])
+        for prefix, allowed, action in PREFIXES:
+            if path.startswith(prefix) and method == allowed:
+                self.body.hold(SMALL_BODY)
+                return action(self, percent_decoded(path[len(prefix) :].rstrip("/")))
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
         url = f"http://{self.head.get('host')}/v1"
@@ -7795,8 +7784,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_stream()
-            return self._stream(self._snapshots().__next__, as_event)
+            return self._stream(self._snapshots().__next__)
         self.response.answer(
             STATUS_PAGE.encode(),
             200,
@@ -7814,7 +7802,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, models = revision, self._statuses()
+            seen = revision
+            statuses = self.pool.statuses(with_memory=True)
+            models = [status for status, _ in self._with_details(statuses)]
             is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             yield {
@@ -7826,18 +7816,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        figures = self.pool.metrics(), self.pool.budget, self.server.born
-        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
+        statuses, pool = self.pool.statuses(with_memory=True), self.pool
+        text = metrics_text(statuses, pool.metrics(), pool.budget, self.server.born)
+        self._send_text(text, METRICS_TYPE)
 
-    def _details(self):
-        return self.pool.inspector.details_of([*self.config.models.values()])
-
-    def _statuses(self):
-        details, models = self._details(), []
-        for status in self.pool.statuses(with_memory=True):
-            known = details.get(status.shares or status.id, Details())
-            models.append(with_known_problem(status, known))
-        return models
+    def _with_details(self, statuses):
+        """Yield each status, if unloaded with the reason why a load would fail, and the
+        Details of the model whose backend it uses."""
+        self.config = self.pool.config
+        details = self.pool.inspector.details_of([*self.config.models.values()])
+        for status in statuses:
+            if status.id in details:  # else a reload has just removed it
+                known = details.get(status.shares, details[status.id])
+                if status.state == "unloaded" and not status.failure:
+                    status = status._replace(failure=known.problem)
+                yield status, known
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -7851,16 +7844,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
-        model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entries([model])[0])
+        self._send_json(self._model_entries([self._resolve(name)])[0])
 
     def _model_entries(self, models):
-        details, born, entries = self._details(), self.server.born, []
-        for model in models:
-            status = self.pool.status(model)
-            owner = self.config.models.get(status.shares, model)
-            entries.append(model_entry(model, owner, status, details[owner.name], born))
-        return entries
+        statuses = [self.pool.status(model) for model in models]
+        return [
+            model_entry(self.config.models, status, details, self.server.born)
+            for status, details in self._with_details(statuses)
+        ]
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
@@ -7900,7 +7891,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Unload a model, or all of them, and answer when they are unloaded."""
         self._check_no_foreign_page()
         if name:
-            self.pool.unload(self._resolve(percent_decoded(name)))
+            self.pool.unload(self._resolve(name))
         else:
             self.pool.unload_all("by hand")
         self.pool.await_unloaded(self.response.heartbeat)
@@ -7908,19 +7899,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self._details()
         running = [
             {
                 "model": status.id,
                 "state": words.get(status.state, status.state),
-                "cmd": shlex.join(shown_command(details[status.id], status)),
+                "cmd": shlex.join(shown_command(details, status)),
                 "proxy": self.config.models[status.id].url(str(status.port)),
                 "ttl": int(self.config.models[status.id].settings.idle_timeout),
                 "name": status.id,
                 "description": status.description,
             }
-            for status in self.pool.statuses()
-            if status.id in details and status.state != "unloaded" and not status.shares
+            for status, details in self._with_details(self.pool.statuses())
+            if status.state != "unloaded" and not status.shares
         ]
         self._send_json({"running": running})
 
@@ -7939,8 +7929,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_stream()
-            self._stream(lambda: get(POLL_INTERVAL), as_event)
+            self._stream(functools.partial(get, POLL_INTERVAL))
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
@@ -7948,11 +7937,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            status = self.pool.status(self._resolve(percent_decoded(name)))
+            status = self.pool.status(self._resolve(name))
             feed = self.pool.output_of(status.shares or status.id)
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start_stream(TEXT_TYPE[1])
-            self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
+            next_line = functools.partial(get, POLL_INTERVAL)
+            self._stream(next_line, TEXT_TYPE[1], lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
 
@@ -7974,8 +7963,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise a refusal if the model is not loaded, and may not be by this request:
         the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
         foreign page causes a GET that would load the model."""
-        is_safe = self.head.method in SAFE_METHODS
-        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
+        if self.head.is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
         value, not_loaded = self.head.parameter("autoload"), "model is not loaded"
         if value:
@@ -8001,19 +7989,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not path:
             location = f"/upstream/{rest}/{query}"
             return self.response.answer(b"", 308, ("location", location))
-        is_safe, refusal = self.head.method in SAFE_METHODS, None
-        if is_safe and path != "/":
-            text = f"model {model.name!r} is not loaded; only the page itself loads it"
-            refusal = ModelNotLoaded(text)
+        text = f"model {model.name!r} is not loaded; only the page itself loads it"
+        is_asset = self.head.is_safe and path != "/"
+        refusal = ModelNotLoaded(text) if is_asset else None
         self.body.find_model(self.head.get("content-type"), is_needed=False)
-        self._forward(path + query, refusal, preemptible=is_safe)
+        self._forward(path + query, refusal, preemptible=self.head.is_safe)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
         self.body.find_model(self.head.get("content-type"), is_needed=not name)
         name = self.body.model or name
-        if not name and self.head.method in SAFE_METHODS:
+        if not name and self.head.is_safe:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
         self.model = model or self._resolve(name or None)
@@ -8155,12 +8142,11 @@ ROUTES = {
     "/logs": {"GET": Handler.get_logs},
     "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # path, methods (all if there are none), action
-    ("/upstream/", (), Handler.route_upstream),
-    ("/v1/models/", ("GET",), Handler.get_model),
-    ("/logs/stream/", ("GET",), Handler.get_log_stream),
-    ("/api/models/unload/", ("POST",), Handler.unload),
-    ("/api/requests/", ("POST",), Handler.cancel_request),
+PREFIXES = (  # of paths; the action gets the rest of the path
+    ("/v1/models/", "GET", Handler.get_model),
+    ("/logs/stream/", "GET", Handler.get_log_stream),
+    ("/api/models/unload/", "POST", Handler.unload),
+    ("/api/requests/", "POST", Handler.cancel_request),
 )
 
 
@@ -8208,19 +8194,13 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
-def with_known_problem(status: ModelStatus, details: Details) -> ModelStatus:
-    """Return the status; if unloaded, with the known reason why a load would fail."""
-    if status.state != "unloaded" or status.failure or not details.problem:
-        return status
-    return status._replace(failure=details.problem)
-
-
 def model_entry(
-    model: Model, owner: Model, status: ModelStatus, details: Details, created: int
+    models: Mapping[str, Model], status: ModelStatus, details: Details, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-    `details` are those of `owner`, whose backend the model uses."""
-    status = with_known_problem(status, details)
+    `details` are those of the model whose backend it uses."""
+    model = models[status.id]
+    owner = models.get(status.shares, model)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**details.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
@@ -8230,37 +8210,36 @@ def model_entry(
     architecture = status.entry.get("architecture", architecture)
     is_llama = owner.kind == "llama-server"
     entry = {
+        **status.entry,
         "id": model.name,
         "aliases": sorted(model.aliases),
         "tags": sorted(parse_words(details.options.get("--tags", ""))),
         "object": "model",
         "owned_by": "llamacpp" if is_llama else "llmswap",
         "created": created,
-        "status": _shown_status(model, status, details),
+        "status": _shown_status(status, details),
         "architecture": architecture,
         "source": model.source,
         "can_remove": model.source == "cache",
         "meta": meta,
         "capabilities": _capabilities(abilities, architecture, details, is_llama),
     }
-    context = meta.get("n_ctx") or meta.get("n_ctx_train")
-    if context:
-        entry["context_length"] = context
-    if status.needs:
-        entry["needs"] = {**status.needs, "source": status.needs_source}
-    if model.settings.description:
-        entry["description"] = model.settings.description
-    return {**status.entry, **entry}
+    more = {
+        "context_length": meta.get("n_ctx") or meta.get("n_ctx_train"),
+        "needs": status.needs and {**status.needs, "source": status.needs_source},
+        "description": status.description,
+    }
+    return {**entry, **{name: value for name, value in more.items() if value}}
 
 
-def _shown_status(model, status, details):
+def _shown_status(status, details):
     shown = {
         "value": "loaded" if status.state == "unloading" else status.state,
         "args": shown_command(details, status),
     }
     if details.preset:
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", details.preset)
-    problem = model.problem or status.failure
+    problem = status.unusable or status.failure
     if problem and status.state == "unloaded":
         code = status.failure.exit_code if status.failure else 1
         shown.update(failed=True, exit_code=code, error=str(problem))
@@ -8475,10 +8454,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    body = to_json(error_body(APIError(reason)))
+    problem = APIError(reason, retry_after=5)
+    problem.status = 503
     with contextlib.suppress(ClientDisconnected):
-        response = ClientResponse(connection, None, [])
-        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
+        ClientResponse(connection, None, []).answer_error(problem)
 
 
 # -- listening -------------------------------------------------------------------------
