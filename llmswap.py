@@ -7551,7 +7551,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
         late = f"the head took longer than {HEAD_SECONDS:g} s"
-        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(late))
+        timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(late))
+        self.reader.on_timeout = timeout
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -8866,7 +8867,7 @@ class FileWatch:
         with self._lock:
             if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can be started
+                with contextlib.suppress(RuntimeError):  # no more threads can start
                     self._look = start_thread(self._find_change, "watch", on_change)
         if self._look.is_alive():
             self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
