@@ -4406,7 +4406,7 @@ def test_a_head_may_have_64_kilobytes_and_100_lines_and_no_more():
 
 def test_a_head_sent_byte_by_byte_is_late_as_well():
     head = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 9000
-    late = llmswap.StallMonitor(0.05, llmswap.RequestTimeout("late"))
+    late = llmswap.StallMonitor(0.05, lambda: llmswap.RequestTimeout("late"))
     with pytest.raises(llmswap.RequestTimeout):
         llmswap.SocketReader(Pieces(*(bytes([b]) for b in head)), late).head()
 
