@@ -3192,12 +3192,16 @@ class ProcessBackend(Backend):
         return True
 
     def _read_output(self, process):
-        """Pass its output on line by line to its end, on a thread of its own. One that
-        left the group and holds the output open is heard until all else is reaped."""
-        data, partial_line = b"\n", b""
+        """Pass its output on line by line to its end, on a thread of its own. A process
+        that left the group may hold it open: it is heard until the leader has ended."""
+        data, partial_line, exit_fd = b"\n", b"", open_pidfd(process.pid)
+        waiter = select.poll()
+        for each in filter(None, (process.stdout, exit_fd)):
+            waiter.register(each, select.POLLIN)
         with process.stdout as output:
             while data and process.returncode is None:
-                data = output.read(MAX_LINE // 2)
+                is_ready = output.fileno() in dict(waiter.poll())
+                data = output.read(MAX_LINE // 2) if is_ready else b""
                 *lines, partial_line = (partial_line + data).split(b"\n")
                 if len(partial_line) > (MAX_LINE // 2 if data else 0):
                     lines, partial_line = [*lines, partial_line], b""
@@ -3207,6 +3211,8 @@ class ProcessBackend(Backend):
                 self._progress_at = time.monotonic()
                 if not self._is_ready:
                     self._wakeup.set()
+        if exit_fd is not None:
+            os.close(exit_fd)
         self._is_output_read.set()
 
     def _await_exit(self):
@@ -4153,7 +4159,7 @@ def read_gguf(path: str) -> Dict[str, int]:
     its tokenizer, by the last word of their keys. Another file has none."""
     head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        head = file.read(GGUF_HEAD).partition(b"tokenizer.")[0]
+        head = file.read(GGUF_HEAD).partition(b"\0tokenizer.")[0]
     facts = GGUF_FACT.findall(head) if head.startswith(b"GGUF") else ()
     return {key.decode(): int.from_bytes(number or flag, "little")
             for key, number, flag in facts}
@@ -8841,6 +8847,7 @@ class Application:
         # Numbers of signals, a byte each, and 0 once `_close` is done.
         self._signals, self._wakeup = os.pipe()
         self._reload_lock = threading.Lock()
+        self._is_reload_asked = threading.Event()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
         self.config_error = None  # why the changed file is not in use
@@ -8870,7 +8877,8 @@ class Application:
         self._notifier.notify("READY=1")
         start_thread(self._notifier.watch, "systemd", self.server)
         if config.settings.cache_models and not config.cached:
-            start_thread(self._try_reload, "cache")  # it may not have answered in time
+            self._is_reload_asked.set()  # it may not have answered in time
+        start_thread(self._reload_loop, "reload")
         self._shut_down(self._await_shutdown())
 
     def _next_signal(self, timeout: float) -> Optional[int]:
@@ -8926,7 +8934,7 @@ class Application:
         while True:
             number = self._next_signal(self._until_idle_exit())
             if number == signal.SIGHUP:
-                self._try_reload()
+                self._is_reload_asked.set()
             elif number is not None:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
             elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
@@ -8936,6 +8944,12 @@ class Application:
         """Reload if the file has changed; see FileWatch.check."""
         if self.pool.config.settings.watch:
             self._file_watch.check(self._try_reload)
+
+    def _reload_loop(self):
+        """Reload when asked to by signals, of which the next must not wait for that."""
+        while self._is_reload_asked.wait():
+            self._is_reload_asked.clear()
+            self._try_reload()
 
     def _try_reload(self):
         try:
