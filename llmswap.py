@@ -1771,6 +1771,7 @@ class Scheduler:
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
         self._decisions = []  # since the last decide(); events refuse tickets, too
+        self._drain_count = 0  # how often a model began to drain for a ticket
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
@@ -1809,13 +1810,12 @@ class Scheduler:
     def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
         loaded."""
-        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
-            for model in models:
+            for model in map(self.models.get, names):
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
                     return model
-        return models[0]
+        return self.models[names[0]]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -2020,20 +2020,16 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-        before, counts = None, self._count_changes()
-        while counts != before:  # a decision may make others possible
+        before = -1
+        while before < (count := len(self._decisions) + self._drain_count):
+            before = count  # a decision or a drain may make others possible
             self._next_deadline = math.inf
             if self._queue:
                 self._serve_queue(now)
             self._stop_models(now)
             self._start_keep_loaded(now)
-            before, counts = counts, self._count_changes()
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
@@ -2158,6 +2154,7 @@ class Scheduler:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
             victim.drains_for = ticket
+            self._drain_count += 1
             self._stopping[victim] = -math.inf
         return victim in self._stopping
 
@@ -2203,6 +2200,7 @@ class Scheduler:
             return
         for victim in victims:
             victim.drains_for = ticket
+            self._drain_count += 1
 
     def _is_evictable(self, model):
         if model.is_pinned or not model.needs_room:
