@@ -5251,6 +5251,7 @@ HOP_BY_HOP = frozenset(
 )
 
 SERVER_HEADER = ("server", "llmswap (llama.cpp)")  # clients look for "llama.cpp"
+JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 Headers = List[Tuple[str, str]]
 
 
@@ -5452,6 +5453,7 @@ class Request(MessageHead):
     def __init__(self, raw: bytes):
         super().__init__(raw, _REQUEST_LINE, 0)
         self.method = self.start["method"].decode()
+        self.is_safe = self.method in ("GET", "HEAD", "OPTIONS")
         self.target = self.start["target"].decode("latin-1")
         if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
@@ -5855,24 +5857,35 @@ class ClientResponse:
         sent = b"\n\n" + self.excerpt
         return self._is_events and sent.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    def _error_event(self, body):
-        """Return an event that the client's SDK raises as this error."""
-        if not self.is_for_anthropic:
-            return as_event(body)
-        return b"event: error\n" + as_event({"type": "error", **body})
+    def _error_body(self, problem, error=None):
+        """Return the problem, or an error of the backend, as the client's SDK expects
+        it: OpenAI's or Anthropic's."""
+        more = {"type": problem.type, "param": problem.param, "code": problem.code}
+        body = {"error": error or {"message": str(problem), **more}}
+        return {"type": "error", **body} if self.is_for_anthropic else body
 
-    def abort(self, problem: APIError, body: Optional[dict] = None):
+    def answer_error(self, problem: APIError, *headers: Tuple[str, str]):
+        """Send a whole response of our own that reports a problem."""
+        if problem.retry_after is not None:
+            headers += (("retry-after", str(math.ceil(problem.retry_after))),)
+        if problem.may_retry is not None:
+            headers += (("x-should-retry", str(problem.may_retry).lower()),)
+        payload = to_json(self._error_body(problem))
+        self.answer(payload, problem.status, JSON_TYPE, *headers)
+
+    def abort(self, problem: APIError, error: Optional[dict] = None):
         """End a response that broke off so that the client notices.
 
-        Between two events it gets one more, with `body` or the problem. Then the
-        connection is closed before the end of the response, by a reset if that has
-        neither a length nor chunks. After an early head alone, it ends as usual.
+        Between two events it gets one more, with the backend's `error` or the problem.
+        Then the connection is closed before the end of the response, by a reset if that
+        has neither a length nor chunks. After an early head alone, it ends as usual.
         """
         self.problem = problem
         has_payload = self.sent > 0
         with contextlib.suppress(ClientDisconnected):
             if self._is_between_events():
-                self.send(self._error_event(body or error_body(problem)))
+                name = b"event: error\n" if self.is_for_anthropic else b""
+                self.send(name + as_event(self._error_body(problem, error)))
             if self.is_early and not has_payload:
                 return self.end()
             self.flush()
@@ -5883,23 +5896,12 @@ class ClientResponse:
             self.sock.close()  # after a shutdown() it would end normally
 
 
-def error_body(problem: APIError) -> dict:
-    """Return an error as clients of OpenAI's API expect it."""
-    more = {"type": problem.type, "param": problem.param, "code": problem.code}
-    return {"error": {"message": str(problem), **more}}
-
-
 # -- one request to a backend, one answer back -----------------------------------------
 
 
-class UpstreamRequest(NamedTuple):
-    """A request as the backend gets it, in chunks if the body's size is unknown. A body
-    that is not complete can be sent only once."""
-
-    method: str
-    target: str
-    headers: Headers
-    body: Body
+# As the backend gets it, in chunks if the length of the Body is unknown. With a Body
+# that is not complete it can be sent only once.
+UpstreamRequest = namedtuple("UpstreamRequest", "method target headers body")
 
 
 def relay(
@@ -6031,11 +6033,10 @@ def _pass_on_as_event(answer, response):
     text = payload[:2000].decode("utf-8", "replace")
     problem = APIError(f"the backend answered {answer.status} and no events: {text}")
     problem.status = answer.status if answer.status >= 400 else 502  # as it is counted
-    body = None
+    error = None
     with contextlib.suppress(*MALFORMED):
         error = json.loads(payload)["error"]
-        body = {"error": error} if isinstance(error, dict) else None
-    response.abort(problem, body)
+    response.abort(problem, error if isinstance(error, dict) else None)
 
 
 def _tunnel(answer, response):
@@ -6660,18 +6661,15 @@ def metrics_text(
     """Return everything in Prometheus' text format, version 0.0.4. llmswap started at
     `born`, in Unix time."""
     lines, cells = [], collections.defaultdict(list)
-    numbers = {("swaps",): 0, ("born",): born, **metrics}
-    numbers.update(_gauges(models, budget))
+    numbers = {("swaps",): 0, ("born",): born, **metrics, **_gauges(models, budget)}
     for (source, *values), number in numbers.items():
         cells[source].append(("", values, number))
     for kind, source, name, text, *labels in METRICS:
         name = name if name.startswith("process_") else f"llmswap_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        labels = labels or ["model"]
-        samples = cells[source]
-        if kind == "histogram":
-            labels.append("le")
-            samples = _buckets(metrics, source)
+        labels = labels or ["model", "le"]
+        is_histogram = kind == "histogram"
+        samples = _buckets(metrics, source) if is_histogram else cells[source]
         for suffix, values, number in samples:
             pairs = []
             for label, value in zip(labels, values):  # JSON quotes as Prometheus does
@@ -6728,7 +6726,7 @@ _STYLE = r"""
   --sleeping: light-dark(#5a53c4, #a5a0f5); --failed: light-dark(#c0302b, #ff8a80);
 }
 * { box-sizing: border-box; margin: 0; }
-[hidden], dl:empty { display: none !important; }
+[hidden], dl:empty, main section:has(ul:empty) { display: none !important; }
 body {
   max-width: 1360px; margin: 0 auto; padding: 0 24px 48px; overflow-wrap: anywhere;
   background: var(--ground); color: var(--ink); font-variant-numeric: tabular-nums;
@@ -6860,9 +6858,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .rest .state { grid-column: 2 / -1; text-align: left; }
   h3 small { display: block; margin: 0; }
 }
-@media (max-width: 620px) {
-  .rest [data-do=log] { display: none; }
-}
+@media (max-width: 620px) { .rest [data-do=log] { display: none; } }
 """
 
 _SCRIPT = r"""
@@ -6904,25 +6900,24 @@ function shortDuration(seconds) {
   return seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
 }
 
-// ---- Elements: empty ones are hidden; equal text is not set again (a selection) ----
+// ---- Elements ----
 
-const show = (element, isShown) => { element.hidden = !isShown; };
+const partsOf = (row) => (name) => row.querySelector(`[data-part=${name}]`);
+
+// Set texts by name, and hide what is empty or false. An equal text is not set again,
+// which would undo a selection.
+function fill(find, parts) {
+  for (const [name, part] of Object.entries(parts)) {
+    const element = find(name), isNew = element.textContent !== part;
+    if (typeof part === "string" && isNew) element.textContent = part;
+    element.hidden = !part;
+  }
+}
 
 function make(tag, ...children) {
   const element = document.createElement(tag);
   element.append(...children);
   return element;
-}
-
-function setText(element, text) {
-  if (element.textContent !== `${text || ""}`) element.textContent = text || "";
-  show(element, text);
-}
-
-function setTexts(element, texts) {
-  for (const [name, text] of Object.entries(texts)) {
-    setText(element.querySelector(`[data-text=${name}]`), text);
-  }
 }
 
 function paintRows(ul, template, items, paintRow) {
@@ -6940,18 +6935,21 @@ function paintRows(ul, template, items, paintRow) {
   });
 }
 
-function paintFacts(dl, facts) {
+function paintList(parent, items, makeChild) {
+  if (parent.dataset.items === `${items}`) return;
+  parent.dataset.items = items;
+  parent.replaceChildren(...items.map(makeChild));
+}
+
+function paintFacts(row, facts) {
   const shown = Object.entries(facts).filter(([, fact]) => fact);
-  if (dl.dataset.shown === `${shown}`) return;
-  dl.dataset.shown = shown;
-  dl.replaceChildren(...shown.map(([name, fact]) =>
-    make("div", make("dt", name.replaceAll("_", " ")), make("dd", fact))));
+  paintList(row.querySelector("dl"), shown, ([name, fact]) =>
+    make("div", make("dt", name.replaceAll("_", " ")), make("dd", fact)));
 }
 
 // ---- HTTP; the API key is asked for once ----
 
 let key = sessionStorage.getItem("llmswap-key");
-let keyPrompt = null; // a promise while the dialog is open
 
 async function request(path, options = {}) {
   for (;;) {
@@ -6962,19 +6960,21 @@ async function request(path, options = {}) {
     const body = await answer.json().catch(() => null);
     const reason = body?.error?.message || `status ${answer.status}`;
     if (answer.status !== 401) throw new Error(reason);
-    if (sent === key) await (keyPrompt ||= askForKey());
+    if (sent === key) await askForKey();
   }
 }
 
 async function askForKey() {
-  if (key) setText($("key-text"), "That key was not accepted.");
-  showConnection("needs a key");
-  $("key").value = "";
-  $("key-dialog").showModal();
-  await new Promise((resolve) => { $("key-dialog").onclose = resolve; });
+  const dialog = $("key-dialog");
+  if (!dialog.open) {
+    if (key) fill($, {"key-text": "That key was not accepted."});
+    showConnection("needs a key");
+    $("key").value = "";
+    dialog.showModal();
+  }
+  await new Promise((close) => dialog.addEventListener("close", close, {once: true}));
   key = $("key").value;
   sessionStorage.setItem("llmswap-key", key);
-  keyPrompt = null;
 }
 
 function post(path, value, signal) {
@@ -7008,7 +7008,7 @@ let stream = new AbortController();
 let lastByteAt = Date.now();
 
 function showConnection(text) {
-  setText($("connection"), text);
+  fill($, {connection: text});
   $("connection").className = text;
 }
 
@@ -7032,7 +7032,7 @@ function applySnapshot(next) {
     if (model.unusable) model.state = "unusable";
     else if (model.state === "unloaded" && model.failure) model.state = "failed";
     const hasChanged = before && before.state !== model.state;
-    if (hasChanged) setText($("live-region"), `${id} ${model.state}`);
+    if (hasChanged) fill($, {"live-region": `${id} ${model.state}`});
   }
   [snapshot, snapshotAt] = [next, Date.now()];
   showConnection("live");
@@ -7065,16 +7065,17 @@ function paint() {
     const [heading, ul] = section.children;
     const group = found.filter((model) => groupOf(model) === section.className);
     paintRows(ul, "model-row", group, paintModel);
-    setText(heading.lastElementChild, group.length);
-    show(section, group.length);
+    heading.lastElementChild.textContent = group.length;
   }
   paintRows($("recent"), "request-row", recent.filter((row) =>
     matches(row.model, row.asked, row.user_agent, row.session)), paintRequest);
   for (const [id, row] of rows) if (!row.isConnected) rows.delete(id);
   keepFocus(focused);
-  show($("no-models"), !models.length);
-  setText($("problem"), snapshot.problem);
-  show($("search"), models.length > 1 || $("search").value);
+  fill($, {
+    "no-models": !models.length,
+    problem: snapshot.problem,
+    search: models.length > 1 || $("search").value !== "",
+  });
   paintTotals(own);
   paintBudget(own);
   paintPrompt(models);
@@ -7090,41 +7091,44 @@ function paintTotals(own) {
   const total = (name) => own.reduce((sum, model) => sum + (model[name] || 0), 0);
   const [rss, vram] = [total("rss"), total("vram")];
   const names = own.filter(({state}) => state === "loaded").map(({id}) => id);
-  setText($("totals"), join([
+  fill($, {totals: join([
     `${names.length} of ${own.length} loaded`,
     requests({running: total("running"), waiting: total("waiting")}),
     rss && `${bytes(rss)} memory`,
     vram && `${bytes(vram)} VRAM`,
-  ]));
+  ])});
   document.title = join([...names, "llmswap"]);
 }
 
 function paintBudget(own) {
-  $("budget").replaceChildren(...Object.entries(snapshot.budget).map(([name, size]) => {
+  const bars = Object.entries(snapshot.budget).map(([name, size]) => {
     const held = own.map(({id, holds}) => [id, holds[name] || 0]);
     const free = held.reduce((left, [, amount]) => left - amount, size);
-    const parts = [[name, size], ...held, ["free", free]];
-    return make("p", ...parts.map(([text, amount]) => {
-      const part = make("span", `${text} ${bytes(amount)}`);
-      part.title = part.textContent;
-      part.style.flexGrow = amount / size;
-      show(part, amount > 0);
-      return part;
-    }));
-  }));
+    return [[name, size], ...held, ["free", free]];
+  });
+  paintList($("budget"), bars, (bar) => make("p", ...bar.map(([text, amount]) => {
+    const part = make("span", `${text} ${bytes(amount)}`);
+    part.title = part.textContent;
+    part.style.flexGrow = amount / bar[0][1];
+    part.hidden = amount <= 0;
+    return part;
+  })));
 }
 
 function paintModel(row, model) {
-  const {state, shares, unload_in: left, context_seconds: spared} = model;
+  const {id, state, kind, shares, progress, unload_in: left} = model;
+  const isHeld = groupOf(model) === "held", spared = model.context_seconds;
   const failure = model.unusable || (state === "failed" && model.failure) || "";
   const [why, ...lines] = failure.split("\n");
   const needs = Object.entries(model.needs).map(([name, n]) => `${name} ${bytes(n)}`);
+  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
+  const find = partsOf(row);
   row.className = `model ${state}`;
-  setTexts(row, {
-    id: model.id,
+  fill(find, {
+    id,
     aliases: model.aliases.join(", "),
     about: join([
-      {remote: "remote", unit: "systemd unit"}[model.kind],
+      {remote: "remote", unit: "systemd unit"}[kind],
       shares && `shares ${shares}`,
       model.pinned && "pinned",
       needs.length && `needs ${needs.join(", ")} (${model.needs_source})`,
@@ -7134,9 +7138,20 @@ function paintModel(row, model) {
     detail: detailOf(model),
     why,
     lines: lines.join("\n"),
+    progress: state === "loading" && progress !== null,
+    buttons: state !== "unusable",
+    page: !shares && kind === "llama-server" && state === "loaded",
+    log: !shares && kind !== "remote" && (isHeld || model.seconds !== null),
+    main: !shares && (word || "Unload"),
   });
+  find("progress").value = progress || 0;
+  find("page").href = `/upstream/${encodeURIComponent(id.toWellFormed())}/`;
+  find("main").dataset.do = isHeld ? "unload" : "load";
+  find("main").ariaDisabled = state === "unloading";
+  const buttons = find("buttons").children;
+  for (const each of buttons) each.ariaLabel = `${each.textContent} ${id}`;
   const context = join([bytes(model.context), spared && `${duration(spared)} spared`]);
-  paintFacts(row.querySelector("dl"), groupOf(model) === "held" && !shares && {
+  paintFacts(row, isHeld && !shares && {
     "Memory": bytes(model.rss),
     "VRAM": bytes(model.vram),
     "Requests": requests(model) || "none",
@@ -7144,10 +7159,6 @@ function paintModel(row, model) {
     "Saved context": context,
     "Unloads in": left !== null && duration(left - age()),
   });
-  const progress = row.querySelector("progress");
-  show(progress, state === "loading" && model.progress !== null);
-  progress.value = model.progress || 0;
-  paintButtons(row.querySelector(".buttons"), model);
 }
 
 function detailOf(model) {
@@ -7159,19 +7170,6 @@ function detailOf(model) {
   if (state === "unloaded" && model.waiting) return requests(model);
   const saved = context && `${bytes(context)} of context saved`;
   return join([state === "unloaded" && stopped, since && `${since} ago`, saved], ", ");
-}
-
-function paintButtons(buttons, {id, state, kind, shares, seconds}) {
-  const [page, log, , main] = buttons.children, isHeld = groupOf({state}) === "held";
-  const word = {failed: "Try again", unloaded: "Load", loading: "Cancel"}[state];
-  page.href = `/upstream/${encodeURIComponent(id.toWellFormed())}/`;
-  show(page, !shares && kind === "llama-server" && state === "loaded");
-  show(log, !shares && kind !== "remote" && (seconds !== null || isHeld));
-  setText(main, shares ? "" : word || "Unload");
-  main.dataset.do = isHeld ? "unload" : "load";
-  main.ariaDisabled = state === "unloading";
-  for (const each of buttons.children) each.ariaLabel = `${each.textContent} ${id}`;
-  show(buttons, state !== "unusable");
 }
 
 // ---- Buttons, and the log, which scrolls on while its end is visible ----
@@ -7207,7 +7205,7 @@ async function followLog(id) {
     while (lines.childNodes.length > 3000) lines.firstChild.remove();
     if (isAtEnd) lines.scrollTop = lines.scrollHeight;
   };
-  setText($("log-title"), `Log of ${id || "llmswap"}`);
+  fill($, {"log-title": `Log of ${id || "llmswap"}`});
   lines.replaceChildren();
   $("log").showModal();
   $("log").onclose = () => reading.abort();
@@ -7243,17 +7241,19 @@ async function fetchRequests() {
 function paintRequest(row, request) {
   const {id, model, status, client, seconds, user_agent: agent} = request;
   const isRunning = status === null, hasFailed = status >= 400 && status !== 499;
-  const runs = seconds + (Date.now() - recentAt) / 1000;
+  const runs = seconds + (Date.now() - recentAt) / 1000, find = partsOf(row);
   row.className = `request ${isRunning ? "loading" : hasFailed ? "failed" : ""}`;
   const name = agent.startsWith("Mozilla/") ? "browser" : agent.split(/[/ ]/)[0];
   const at = new Date(1000 * request.started);
-  setTexts(row, {
+  fill(find, {
     model: model || request.asked || request.path,
     by: join([name, client !== "127.0.0.1" && client]),
     total: isRunning ? duration(runs) : shortDuration(seconds),
     sum: join([at.toLocaleTimeString(), summaryOf(request)]),
+    cancel: isRunning,
   });
-  paintFacts(row.querySelector("dl"), {
+  find("cancel").ariaLabel = `Cancel request ${id} of ${model}`;
+  paintFacts(row, {
     ...request,
     started: at.toLocaleString(),
     method: "",
@@ -7263,9 +7263,6 @@ function paintRequest(row, request) {
     seconds: "", // shown already
     tokens_per_second: speed(request.tokens_per_second),
   });
-  const cancel = row.querySelector("button");
-  cancel.ariaLabel = `Cancel request ${id} of ${model}`;
-  show(cancel, isRunning);
 }
 
 function summaryOf(request) {
@@ -7293,15 +7290,11 @@ let isChosen = false; // the user has chosen a model
 function paintPrompt(models) {
   const usable = models.filter(({state}) => state !== "unusable");
   const loaded = usable.find(({state}) => state === "loaded");
-  show($("prompt"), usable.length);
   const ids = usable.map(({id}) => id), before = $("model").value;
-  if ($("model").dataset.ids !== `${ids}`) {
-    $("model").dataset.ids = ids;
-    $("model").replaceChildren(...ids.map((id) => new Option(id)));
-    if (ids.includes(before)) $("model").value = before;
-  }
+  paintList($("model"), ids, (id) => new Option(id));
+  if (ids.includes(before)) $("model").value = before;
   if (loaded && !isChosen && !chatAbort) $("model").value = loaded.id;
-  setText($("send"), chatAbort ? "Stop" : "Send");
+  fill($, {prompt: usable.length > 0, send: chatAbort ? "Stop" : "Send"});
   $("send").className = chatAbort ? "" : "main";
   $("answer").ariaBusy = Boolean(chatAbort);
 }
@@ -7310,9 +7303,8 @@ async function send() {
   const content = $("text").value.trim(), model = $("model").value;
   if (!content || chatAbort) return;
   chatAbort = new AbortController();
-  for (const name of ["thought", "reply", "error"]) setText($(name), "");
-  show($("answer"), true);
-  setText($("stats"), `waiting for ${model}`);
+  const stats = `waiting for ${model}`;
+  fill($, {answer: true, stats, thought: "", reply: "", error: ""});
   paint();
   const {signal} = chatAbort, messages = [{role: "user", content}];
   const body = {model, messages, stream: true, stream_options: {include_usage: true}};
@@ -7326,10 +7318,9 @@ async function send() {
       appendText("thought", delta?.reasoning_content || delta?.reasoning);
       appendText("reply", delta?.content);
     }
-    setText($("stats"), $("stats").textContent && "an empty answer");
-  } catch (error) {
-    setText($("stats"), signal.aborted && "stopped");
-    setText($("error"), !signal.aborted && error.message);
+    fill($, {stats: $("stats").textContent && "an empty answer"});
+  } catch ({message}) {
+    fill($, signal.aborted ? {stats: "stopped"} : {stats: "", error: message});
   }
   chatAbort = null;
   paint();
@@ -7337,9 +7328,8 @@ async function send() {
 
 function appendText(name, text) {
   if (!text) return;
-  setText($("stats"), "");
+  fill($, {stats: "", [name]: true});
   $(name).append(text);
-  show($(name), true);
 }
 
 $("send").addEventListener("click", () => (chatAbort ? chatAbort.abort() : send()));
@@ -7373,10 +7363,9 @@ STATUS_PAGE = """<!doctype html>
   <main>
     <p id="problem" role="alert" hidden></p>
     <div id="budget"></div>
-    <section class="held" hidden><h2>In memory <small></small></h2><ul></ul></section>
-    <section class="broken" hidden>
-      <h2>Needs attention <small></small></h2><ul></ul></section>
-    <section class="rest" hidden><h2>Not loaded <small></small></h2><ul></ul></section>
+    <section class="held"><h2>In memory <small></small></h2><ul></ul></section>
+    <section class="broken"><h2>Needs attention <small></small></h2><ul></ul></section>
+    <section class="rest"><h2>Not loaded <small></small></h2><ul></ul></section>
     <p id="no-models" hidden><b>No models yet.</b>
       Each section of the INI file becomes one; SIGHUP reads it again.</p>
   </main>
@@ -7418,21 +7407,21 @@ STATUS_PAGE = """<!doctype html>
   <li>
     <span class="dot" aria-hidden="true"></span>
     <div>
-      <h3><span data-text="id"></span> <small data-text="aliases"></small></h3>
-      <p class="about" data-text="about"></p>
+      <h3><span data-part="id"></span> <small data-part="aliases"></small></h3>
+      <p class="about" data-part="about"></p>
     </div>
-    <p class="state"><b data-text="state"></b> <span data-text="detail"></span></p>
-    <div class="buttons">
-      <a class="plain" target="_blank" rel="noreferrer">Web UI</a>
-      <button class="plain" data-do="log">Log</button>
+    <p class="state"><b data-part="state"></b> <span data-part="detail"></span></p>
+    <div class="buttons" data-part="buttons">
+      <a class="plain" data-part="page" target="_blank" rel="noreferrer">Web UI</a>
+      <button class="plain" data-part="log" data-do="log">Log</button>
       <button class="plain" data-do="prompt">Prompt</button>
-      <button></button>
+      <button data-part="main"></button>
     </div>
-    <progress max="1" aria-label="Progress"></progress>
+    <progress data-part="progress" max="1" aria-label="Progress"></progress>
     <dl></dl>
     <div class="why">
-      <p data-text="why"></p>
-      <pre data-text="lines" aria-label="Last lines" tabindex="0"></pre>
+      <p data-part="why"></p>
+      <pre data-part="lines" aria-label="Last lines" tabindex="0"></pre>
     </div>
   </li>
 </template>
@@ -7441,12 +7430,12 @@ STATUS_PAGE = """<!doctype html>
     <span class="dot" aria-hidden="true"></span>
     <details>
       <summary>
-        <b data-text="model"></b> <span class="by" data-text="by"></span>
-        <span data-text="total"></span> <span class="sum" data-text="sum"></span>
+        <b data-part="model"></b> <span class="by" data-part="by"></span>
+        <span data-part="total"></span> <span class="sum" data-part="sum"></span>
       </summary>
       <dl></dl>
     </details>
-    <button data-do="cancel">Cancel</button>
+    <button data-part="cancel" data-do="cancel">Cancel</button>
   </li>
 </template>
 <script>{script}</script>
@@ -7484,7 +7473,6 @@ NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting ch
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
@@ -7496,7 +7484,6 @@ OLLAMA_PATH = re.compile(
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
 KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
 NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
-JSON_TYPE = ("content-type", "application/json; charset=utf-8")
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
@@ -7695,36 +7682,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.body is None or not self.body.is_complete:
             response.is_persistent = False
         if response.status:
-            response.abort(error)
-        else:
-            self._send_error(error)
-
-    def _send_error(self, error):
+            return response.abort(error)
         headers = []
-        if error.retry_after is not None:
-            headers.append(("retry-after", str(math.ceil(error.retry_after))))
-        if error.may_retry is not None:
-            headers.append(("x-should-retry", str(error.may_retry).lower()))
         if error.status == 401:  # Basic makes a browser ask for it, as a password
             is_page = "text/html" in self.head.get("accept")
             scheme = 'Basic realm="API key"' if is_page else "Bearer"
             headers.append(("www-authenticate", scheme))
         if error.status == 405:
             headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
-        body = error_body(error)
-        if self.response.is_for_anthropic:
-            body = {"type": "error", **body}
-        self._send_json(body, error.status, *headers)
+        response.answer_error(error, *headers)
 
-    def _send_json(self, value, status=200, *headers):
-        self.response.answer(to_json(value), status, JSON_TYPE, *headers)
+    def _send_json(self, value):
+        self.response.answer(to_json(value), 200, JSON_TYPE)
 
     def _send_text(self, text, content_type=TEXT_TYPE):
         self.response.answer(text.encode(), 200, content_type)
 
-    def _stream(self, next_item, render):
+    def _stream(self, next_item, content_type="text/event-stream", render=as_event):
         """Send items until the client leaves or llmswap ends. `next_item` waits for one
         and returns None after POLL_INTERVAL."""
+        self.response.start_stream(content_type)
         self.response.flush()
         while not self.server.is_closing and self.head.method != "HEAD":
             item = next_item()
@@ -7744,8 +7721,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_listed = not name or name in allowed or "*" in allowed
         if self.is_on_loopback and not (is_listed or _IP_ADDRESS.fullmatch(name)):
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
-        is_safe = head.method in SAFE_METHODS and not head.is_upgrade
-        if origin and not is_safe and not self._is_origin_allowed(origin):
+        is_harmless = head.is_safe and not head.is_upgrade
+        if origin and not is_harmless and not self._is_origin_allowed(origin):
             raise Forbidden(FOREIGN_ORIGIN.format(origin))
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
         if head.method == "OPTIONS" or is_open or not keys:
@@ -7772,14 +7749,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         site = head.get("sec-fetch-site")  # sent by new browsers, to secure addresses
         if not site:
             return bool(origin) and not self._is_own_origin(origin)
-        is_navigation = head.get("sec-fetch-mode") == "navigate"
-        is_link = is_navigation and head.method in SAFE_METHODS
+        is_link = head.is_safe and head.get("sec-fetch-mode") == "navigate"
         return site not in ("same-origin", "none") and not is_link
 
     def _check_no_foreign_page(self):
         """Raise Forbidden if a foreign page causes a GET that changes something."""
         head, site = self.head, self.head.get("sec-fetch-site")
-        if site == "same-origin" or head.method not in SAFE_METHODS:
+        if site == "same-origin" or not head.is_safe:
             return
         is_browser = site or head.get("user-agent").startswith("Mozilla/")
         origin = head.get("origin") or "/".join(head.get("referer").split("/")[:3])
@@ -7825,11 +7801,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if route:
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
             return route(self)
-        for prefix, methods, action in PREFIXES:
-            if path.startswith(prefix) and (not methods or method in methods):
-                self.body.hold(SMALL_BODY if methods else 0)
-                rest = path[len(prefix) :]
-                return action(self, rest.rstrip("/") if methods else rest)
+        if path.startswith("/upstream/"):
+            return self.route_upstream(path[len("/upstream/") :])
+        for prefix, allowed, action in PREFIXES:
+            if path.startswith(prefix) and method == allowed:
+                self.body.hold(SMALL_BODY)
+                return action(self, percent_decoded(path[len(prefix) :].rstrip("/")))
         if routes and path not in MODEL_PATHS:
             raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
         url = f"http://{self.head.get('host')}/v1"
@@ -7859,8 +7836,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_page(self):
         if self._wants_snapshots():
-            self.response.start_stream()
-            return self._stream(self._snapshots().__next__, as_event)
+            return self._stream(self._snapshots().__next__)
         self.response.answer(
             STATUS_PAGE.encode(),
             200,
@@ -7878,7 +7854,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if revision == seen and time.monotonic() < again_at:
                 yield None
                 continue
-            seen, models = revision, self._statuses()
+            seen = revision
+            statuses = self.pool.statuses(with_memory=True)
+            models = [status for status, _ in self._with_details(statuses)]
             is_busy = any(model.state != "unloaded" for model in models)
             again_at = time.monotonic() + 2.0 if is_busy else math.inf
             yield {
@@ -7890,18 +7868,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.25)  # faster is unreadable
 
     def get_metrics(self):
-        figures = self.pool.metrics(), self.pool.budget, self.server.born
-        self._send_text(metrics_text(self._statuses(), *figures), METRICS_TYPE)
+        statuses, pool = self.pool.statuses(with_memory=True), self.pool
+        text = metrics_text(statuses, pool.metrics(), pool.budget, self.server.born)
+        self._send_text(text, METRICS_TYPE)
 
-    def _details(self):
-        return self.pool.inspector.details_of([*self.config.models.values()])
-
-    def _statuses(self):
-        details, models = self._details(), []
-        for status in self.pool.statuses(with_memory=True):
-            known = details.get(status.shares or status.id, Details())
-            models.append(with_known_problem(status, known))
-        return models
+    def _with_details(self, statuses):
+        """Yield each status, if unloaded with the reason why a load would fail, and the
+        Details of the model whose backend it uses."""
+        self.config = self.pool.config
+        details = self.pool.inspector.details_of([*self.config.models.values()])
+        for status in statuses:
+            if status.id in details:  # else a reload has just removed it
+                known = details.get(status.shares, details[status.id])
+                if status.state == "unloaded" and not status.failure:
+                    status = status._replace(failure=known.problem)
+                yield status, known
 
     def get_health(self):
         self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
@@ -7915,16 +7896,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
-        model = self._resolve(percent_decoded(name))
-        self._send_json(self._model_entries([model])[0])
+        self._send_json(self._model_entries([self._resolve(name)])[0])
 
     def _model_entries(self, models):
-        details, born, entries = self._details(), self.server.born, []
-        for model in models:
-            status = self.pool.status(model)
-            owner = self.config.models.get(status.shares, model)
-            entries.append(model_entry(model, owner, status, details[owner.name], born))
-        return entries
+        statuses = [self.pool.status(model) for model in models]
+        return [
+            model_entry(self.config.models, status, details, self.server.born)
+            for status, details in self._with_details(statuses)
+        ]
 
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
@@ -7964,7 +7943,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Unload a model, or all of them, and answer when they are unloaded."""
         self._check_no_foreign_page()
         if name:
-            self.pool.unload(self._resolve(percent_decoded(name)))
+            self.pool.unload(self._resolve(name))
         else:
             self.pool.unload_all("by hand")
         self.pool.await_unloaded(self.response.heartbeat)
@@ -7972,19 +7951,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
-        details = self._details()
         running = [
             {
                 "model": status.id,
                 "state": words.get(status.state, status.state),
-                "cmd": shlex.join(shown_command(details[status.id], status)),
+                "cmd": shlex.join(shown_command(details, status)),
                 "proxy": self.config.models[status.id].url(str(status.port)),
                 "ttl": int(self.config.models[status.id].settings.idle_timeout),
                 "name": status.id,
                 "description": status.description,
             }
-            for status in self.pool.statuses()
-            if status.id in details and status.state != "unloaded" and not status.shares
+            for status, details in self._with_details(self.pool.statuses())
+            if status.state != "unloaded" and not status.shares
         ]
         self._send_json({"running": running})
 
@@ -8003,8 +7981,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self.response.start_stream()
-            self._stream(lambda: get(POLL_INTERVAL), as_event)
+            self._stream(functools.partial(get, POLL_INTERVAL))
 
     def get_logs(self):
         self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
@@ -8012,11 +7989,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
-            status = self.pool.status(self._resolve(percent_decoded(name)))
+            status = self.pool.status(self._resolve(name))
             feed = self.pool.output_of(status.shares or status.id)
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            self.response.start_stream(TEXT_TYPE[1])
-            self._stream(lambda: get(POLL_INTERVAL), lambda line: f"{line}\n".encode())
+            next_line = functools.partial(get, POLL_INTERVAL)
+            self._stream(next_line, TEXT_TYPE[1], lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
 
@@ -8038,8 +8015,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise a refusal if the model is not loaded, and may not be by this request:
         the given one, or by llama.cpp's rules; else return it. Raise Forbidden if a
         foreign page causes a GET that would load the model."""
-        is_safe = self.head.method in SAFE_METHODS
-        if is_safe and not self.pool.backend_of(self.model, State.LOADED):
+        if self.head.is_safe and not self.pool.backend_of(self.model, State.LOADED):
             self._check_no_foreign_page()
         value, not_loaded = self.head.parameter("autoload"), "model is not loaded"
         if value:
@@ -8065,19 +8041,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not path:
             location = f"/upstream/{rest}/{query}"
             return self.response.answer(b"", 308, ("location", location))
-        is_safe, refusal = self.head.method in SAFE_METHODS, None
-        if is_safe and path != "/":
-            text = f"model {model.name!r} is not loaded; only the page itself loads it"
-            refusal = ModelNotLoaded(text)
+        text = f"model {model.name!r} is not loaded; only the page itself loads it"
+        is_asset = self.head.is_safe and path != "/"
+        refusal = ModelNotLoaded(text) if is_asset else None
         self.body.find_model(self.head.get("content-type"), is_needed=False)
-        self._forward(path + query, refusal, preemptible=is_safe)
+        self._forward(path + query, refusal, preemptible=self.head.is_safe)
 
     def route_by_model(self):
         """Route by the model that the body, the form or the query names."""
         name = self.head.parameter("model")
         self.body.find_model(self.head.get("content-type"), is_needed=not name)
         name = self.body.model or name
-        if not name and self.head.method in SAFE_METHODS:
+        if not name and self.head.is_safe:
             raise NotFound(f"there is nothing at {self.head.path}")
         model = None if name else self.config.default_model()
         self.model = model or self._resolve(name or None)
@@ -8219,12 +8194,11 @@ ROUTES = {
     "/logs": {"GET": Handler.get_logs},
     "/logs/stream": {"GET": Handler.get_log_stream},
 }
-PREFIXES = (  # path, methods (all if there are none), action
-    ("/upstream/", (), Handler.route_upstream),
-    ("/v1/models/", ("GET",), Handler.get_model),
-    ("/logs/stream/", ("GET",), Handler.get_log_stream),
-    ("/api/models/unload/", ("POST",), Handler.unload),
-    ("/api/requests/", ("POST",), Handler.cancel_request),
+PREFIXES = (  # of paths; the action gets the rest of the path
+    ("/v1/models/", "GET", Handler.get_model),
+    ("/logs/stream/", "GET", Handler.get_log_stream),
+    ("/api/models/unload/", "POST", Handler.unload),
+    ("/api/requests/", "POST", Handler.cancel_request),
 )
 
 
@@ -8272,19 +8246,13 @@ def _is_key(given, keys):
     return any([hmac.compare_digest(given, key) for key in raw])
 
 
-def with_known_problem(status: ModelStatus, details: Details) -> ModelStatus:
-    """Return the status; if unloaded, with the known reason why a load would fail."""
-    if status.state != "unloaded" or status.failure or not details.problem:
-        return status
-    return status._replace(failure=details.problem)
-
-
 def model_entry(
-    model: Model, owner: Model, status: ModelStatus, details: Details, created: int
+    models: Mapping[str, Model], status: ModelStatus, details: Details, created: int
 ) -> dict:
     """Return a model as in /v1/models: all fields of llama.cpp's router, and more.
-    `details` are those of `owner`, whose backend the model uses."""
-    status = with_known_problem(status, details)
+    `details` are those of the model whose backend it uses."""
+    model = models[status.id]
+    owner = models.get(status.shares, model)
     abilities = {**owner.settings.capabilities, **model.settings.capabilities}
     meta = {**details.meta, **status.entry.get("meta", {})}
     if "context" in abilities:
@@ -8294,37 +8262,36 @@ def model_entry(
     architecture = status.entry.get("architecture", architecture)
     is_llama = owner.kind == "llama-server"
     entry = {
+        **status.entry,
         "id": model.name,
         "aliases": sorted(model.aliases),
         "tags": sorted(parse_words(details.options.get("--tags", ""))),
         "object": "model",
         "owned_by": "llamacpp" if is_llama else "llmswap",
         "created": created,
-        "status": _shown_status(model, status, details),
+        "status": _shown_status(status, details),
         "architecture": architecture,
         "source": model.source,
         "can_remove": model.source == "cache",
         "meta": meta,
         "capabilities": _capabilities(abilities, architecture, details, is_llama),
     }
-    context = meta.get("n_ctx") or meta.get("n_ctx_train")
-    if context:
-        entry["context_length"] = context
-    if status.needs:
-        entry["needs"] = {**status.needs, "source": status.needs_source}
-    if model.settings.description:
-        entry["description"] = model.settings.description
-    return {**status.entry, **entry}
+    more = {
+        "context_length": meta.get("n_ctx") or meta.get("n_ctx_train"),
+        "needs": status.needs and {**status.needs, "source": status.needs_source},
+        "description": status.description,
+    }
+    return {**entry, **{name: value for name, value in more.items() if value}}
 
 
-def _shown_status(model, status, details):
+def _shown_status(status, details):
     shown = {
         "value": "loaded" if status.state == "unloading" else status.state,
         "args": shown_command(details, status),
     }
     if details.preset:
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", details.preset)
-    problem = model.problem or status.failure
+    problem = status.unusable or status.failure
     if problem and status.state == "unloaded":
         code = exit_code_of(status.failure) if status.failure else 1
         shown.update(failed=True, exit_code=code, error=str(problem))
@@ -8383,7 +8350,7 @@ MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 
 
-class Log:
+class Log(logging.handlers.QueueListener):
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
     `log(level, text)`, with debug, info, warning or error as the level. Lines begin
@@ -8393,17 +8360,16 @@ class Log:
     PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
     def __init__(self):
+        super().__init__(queue.SimpleQueue())
         self.feed = Broadcast(2000)
         stderr = os.fstat(2)
         stream = f"{stderr.st_dev}:{stderr.st_ino}"
         self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
-        records = queue.SimpleQueue()
-        self._listener = logging.handlers.QueueListener(records, self)
-        self._listener.start()
-        self._handler = logging.handlers.QueueHandler(records)
+        self._handler = logging.handlers.QueueHandler(self.queue)
         self._logger = logging.Logger("llmswap")
         self._logger.addHandler(self._handler)
         self.set_level("info")
+        self.start()
 
     def set_level(self, level: str):
         """Drop what is less important than `level`."""
@@ -8413,7 +8379,7 @@ class Log:
         self._logger.log(getattr(logging, level.upper()), text)
 
     def handle(self, record: logging.LogRecord):
-        """Write a record, on the listener's thread. Its further lines are indented, so
+        """Write a record, on a thread of its own. Its further lines are indented, so
         that none looks like another record."""
         text = printable(record.getMessage()).replace("\n", "\n  ")
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -8427,7 +8393,7 @@ class Log:
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        start_thread(self._listener.stop, "log").join(1.0)
+        start_thread(self.stop, "log").join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8485,14 +8451,14 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(1.0)  # until other connections have ended
             raise
 
-    def process_request(self, request, client_address):
-        """Serve the connection on a new thread, or refuse it."""
+    def verify_request(self, request, client_address):
+        """Return whether the connection is to be served; else refuse it."""
         if len(self._connections) < self.max_connections:
             self._connections.add(request)
-            return super().process_request(request, client_address)
+            return True
         reason = f"{self.max_connections} connections are open already"
         refuse_connection(request, reason)
-        self.shutdown_request(request)
+        return False
 
     def shutdown_request(self, request):
         """Close a connection that was served or refused."""
@@ -8540,10 +8506,10 @@ class Server(http.server.ThreadingHTTPServer):
 def refuse_connection(connection: socket.socket, reason: str):
     """Answer 503 on a connection of which nothing was read."""
     connection.settimeout(1)
-    body = to_json(error_body(APIError(reason)))
+    problem = APIError(reason, retry_after=5)
+    problem.status = 503
     with contextlib.suppress(ClientDisconnected):
-        response = ClientResponse(connection, None, [])
-        response.answer(body, 503, JSON_TYPE, ("retry-after", "5"))
+        ClientResponse(connection, None, []).answer_error(problem)
 
 
 # -- listening -------------------------------------------------------------------------
@@ -8798,17 +8764,15 @@ def start_problem(model: Model) -> Optional[str]:
 
 def check(config: Config) -> int:
     """Print each model with its command or its error; return the exit status."""
-    unusable, unknown = [], set()
+    models, unusable = config.models.values(), []
     log = lambda level, text: print(printable(text))  # noqa: E731
     needs, budget = Needs(config.settings.state_dir, log), config.settings.budget
     if None in budget.values():
         budget = with_machine_budget(budget, machine_budget())
         print(f"budget {resources_text(budget)}", end="\n\n")
-    for model in config.models.values():
+    for model in models:
         aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
         lines = [f"{model.name}{aliases}: {model.kind}".replace("\n", "\\n")]
-        if table_of(model) is UNKNOWN_OPTIONS:
-            unknown.add(model.settings.llama_server)
         try:
             lines.append(_command_line(model))
             missing = start_problem(model)
@@ -8821,11 +8785,12 @@ def check(config: Config) -> int:
             lines.append(f"error: {error}")
             unusable.append(model.name)
         print(printable("\n".join(lines).replace("\n", "\n  ")), end="\n\n")
-    for binary in sorted(unknown):
+    unknown = [each for each in models if table_of(each) is UNKNOWN_OPTIONS]
+    for binary in sorted({each.settings.llama_server for each in unknown}):
         print(f"the options of {binary} are unknown: they are passed on unchecked")
     for warning in [*config.warnings, *config.pitfalls(table_of)]:
         print(printable(warning))
-    count = f"{len(unusable)} of {len(config.models)} models cannot be used"
+    count = f"{len(unusable)} of {len(models)} models cannot be used"
     text = f"{count}: {', '.join(unusable)}" if unusable else "no errors"
     print(printable(text))
     return 2 if unusable else 0
@@ -8896,8 +8861,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return check(config)
     if args.units:
         print(units_for(config), end="")
-        return 0
-    return Application(args, load, config, file_watch).run()
+    else:
+        Application(args, load, file_watch).run(config)
+    return 0
 
 
 NO_MODELS = """\
@@ -8975,58 +8941,52 @@ class FileWatch:
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
-    def __init__(self, args, load: Callable, config: Config, file_watch):
+    def __init__(self, args, load: Callable, file_watch: FileWatch):
         self._args = args
         self._load = load  # returns the Config of the file as it is now
-        self._config = config
-        self._cached = config.cached
         self._file_watch = file_watch
-        self._signals, self._wakeup = socket.socketpair()
-        self._received = set()  # numbers of signals; 0 once `_close` is done
+        # Numbers of signals, a byte each, and 0 once `_close` is done.
+        self._signals, self._wakeup = os.pipe()
         self._reload_lock = threading.Lock()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
         self.config_error = None  # why the changed file is not in use
         self._gpu_occupant = None  # the reason for which the idle-command waits
         self.log = Log()
-        self.log.set_level("debug" if args.verbose else config.settings.log_level)
 
-    def run(self) -> int:
-        """Serve until a signal ends it; return the exit status."""
-        self._wakeup.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+    def run(self, config: Config):
+        """Serve until a signal ends it, unless llmswap does so already."""
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._received.add(number))
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        listeners = self._open_listeners()
+        listeners = self._open_listeners(config.settings.listen)
         if not listeners:
-            return 0
-        self.pool = Pool(self._config, self.log)
+            return
+        self._set_log_level(config)
+        self.pool = Pool(config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
         self.log("info", f"llmswap {VERSION} at {' and '.join(addresses)}")
-        self._take_over(self._config)
+        start_thread(self._log_models, "models", config)
         self.pool.start()
         self.server.start()
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
         start_thread(self._notifier.watch, "systemd", self.server)
-        if not self._cached:  # it may not have answered in time
-            start_thread(self._refresh_cached_models, "cache")
+        if config.settings.cache_models and not config.cached:
+            start_thread(self._try_reload, "cache")  # it may not have answered in time
         self._shut_down(self._await_shutdown())
-        return 0
 
     def _next_signal(self, timeout: float) -> Optional[int]:
-        """Return the next signal's number, 0 once `_close` is done, or None after
-        `timeout`."""
-        if not self._received:
-            self._signals.settimeout(min(timeout, MAX_WAIT))
-            with contextlib.suppress(socket.timeout, BlockingIOError):
-                self._signals.recv(4096)
-        return self._received.pop() if self._received else None
+        """Return the next signal's number, 0 at the end of `_close`, or None."""
+        if await_event(self._signals, select.POLLIN, min(timeout, MAX_WAIT)):
+            return os.read(self._signals, 1)[0]
+        return None
 
-    def _open_listeners(self):
+    def _open_listeners(self, addresses):
         """Return the listening sockets; none if llmswap answers at one of the addresses
         already. Raise OSError if an address cannot be used."""
         listeners = passed_listeners(os.environ)
@@ -9036,7 +8996,7 @@ class Application:
         if os.environ.get("LISTEN_FDS"):
             text = "systemd passed its sockets to another process: start llmswap "
             print(f"{text}without a shell around it, or with exec", file=sys.stderr)
-        for address in self._config.settings.listen:
+        for address in addresses:
             try:
                 listeners.append(open_listener(address))
             except OSError as error:
@@ -9050,8 +9010,14 @@ class Application:
         return listeners
 
     def _log_models(self, config):
-        """Log what may go wrong with the models, each reason once. It may take long, as
-        it asks llama-server for its options and looks for files."""
+        """Log the models, and what may go wrong with them. It may take long, as it asks
+        llama-server for its options and looks for files."""
+        self.log("info", f"models: {', '.join(config.models) or 'none'}")
+        for warning in config.warnings:
+            self.log("warning", warning)
+        for model in config.models.values():
+            if model.problem:
+                self.log("warning", f"{model.name} cannot be used: {model.problem}")
         for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
@@ -9075,7 +9041,7 @@ class Application:
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
-        if self._config.settings.watch:
+        if self.pool.config.settings.watch:
             self._file_watch.check(self._try_reload)
 
     def _try_reload(self):
@@ -9084,27 +9050,16 @@ class Application:
         except (APIError, RuntimeError) as problem:  # no more threads can be started
             self.log("error", str(problem))
 
-    def _take_over(self, config):
-        self._config = config
-        self.log("info", f"models: {', '.join(config.models) or 'none'}")
-        for warning in config.warnings:
-            self.log("warning", warning)
-        for model in config.models.values():
-            if model.problem:
-                self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        start_thread(self._log_models, "models", config)
+    def _set_log_level(self, config):
+        is_verbose = self._args.verbose
+        self.log.set_level("debug" if is_verbose else config.settings.log_level)
 
-    def _refresh_cached_models(self):
-        """List the models in llama.cpp's cache, and reload if they have changed."""
-        settings = self._config.settings
-        if settings.cache_models:
-            cached = cached_models(settings.llama_server)
-            if not cached:
-                command = f"{settings.llama_server} --cache-list"
-                self.log("warning", f"cache-models: {command} shows no model")
-            if cached is not None and [*cached] != [*self._cached]:
-                self._cached = cached
-                self._try_reload()
+    def _list_cached(self, binary):
+        """Return the models in llama.cpp's cache; as before, if the binary fails."""
+        cached = cached_models(binary)
+        if not cached:
+            self.log("warning", f"cache-models: {binary} --cache-list shows no model")
+        return self.pool.config.cached if cached is None else cached
 
     def reload(self):
         """Read the file again and use it. Raise an APIError with the reason if it is
@@ -9112,24 +9067,22 @@ class Application:
         with self._reload_lock:
             self._file_watch.mark()
             try:
-                config = self._load(list_cached=lambda _: self._cached)
+                config = self._load(list_cached=self._list_cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None
             self.config_error = None
-            if config.settings.listen != self._config.settings.listen:
+            if config.settings.listen != self.pool.config.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            if not self._args.verbose:
-                self.log.set_level(config.settings.log_level)
+            self._set_log_level(config)
             self.pool.reload(config)
-            self._take_over(config)
+            start_thread(self._log_models, "models", config)
             self._is_reloaded.set()
-            start_thread(self._refresh_cached_models, "cache")
             self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):
         """Return the seconds until an idle exit may be due; inf if it never is."""
-        limit = self._config.settings.exit_idle_time
+        limit = self.pool.config.settings.exit_idle_time
         if not limit or not self._is_activated:
             return math.inf
         since = [self.pool.inactive_since(), self.server.inactive_since()]
@@ -9140,7 +9093,7 @@ class Application:
     def _idle_command_loop(self):
         ran_at = -math.inf
         while not self.server.is_closing:
-            settings, idle_since = self._config.settings, self.pool.idle_since()
+            settings, idle_since = self.pool.config.settings, self.pool.idle_since()
             now, limit = time.monotonic(), settings.idle_command_after
             if not (limit and settings.idle_command):
                 limit = math.inf
@@ -9200,9 +9153,7 @@ class Application:
         deadline = time.monotonic() + REFUSAL_SECONDS
         while self.server.inactive_since() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._received.add(0)
-        with contextlib.suppress(BlockingIOError):  # if it is full, that wakes it, too
-            self._wakeup.send(b"\0")  # wakes `_next_signal`
+        os.write(self._wakeup, b"\0")
 
 
 if __name__ == "__main__":

@@ -3518,6 +3518,18 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
+def test_a_reload_lists_downloads_anew_unless_the_binary_fails(tmp_path):
+    binary = tmp_path / "llama-server"
+    with Llmswap(f"[llmswap]\nllama-server = {binary}\ncache-models = on\n") as server:
+        for script, names in (
+            ("echo ' 1. a/b:Q8_0'", ["a/b:Q8_0"]), ("exit 1", ["a/b:Q8_0"]),
+            ("echo 'number of models in cache: 0'", []),
+        ):  # fmt: skip
+            executable(binary, script)
+            models = server.get("/v1/models?reload=1").json()["data"]
+            assert [model["id"] for model in models] == names
+
+
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
 def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, output):
     if output:
