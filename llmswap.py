@@ -2467,8 +2467,7 @@ class Upstream:
         """The backend gave a sign of life just now, such as a part of an answer."""
         if not self.seen_within(math.inf):
             self._close_idle()
-            self._suspended = suspended_seconds()
-        self._seen_at = time.monotonic()
+        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
         """Whether its last sign of life is no older, nor from before a suspension."""
@@ -4478,12 +4477,12 @@ class Pool:
         self._scheduler = Scheduler(limits, self._find_specs())
         self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
-        self._methods = {
+        self._methods = {  # which carry decisions out; they return True if that failed
             Grant: self._grant,
             Refuse: self._refuse,
             Start: self._start,
             Stop: self._stop,
-        }  # which carry decisions out; True if that failed
+        }
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
         self._last_request_at = clock()
@@ -4531,19 +4530,15 @@ class Pool:
     # -- requests --------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lease(
-        self, model: Model, disconnected: Callable, preemptible=False, load_refusal=None
-    ):
-        """Yield a ready backend of the model; load it if need be, or raise the refusal
-        to do so. It is not evicted before the block ends, unless the lease is
-        preemptible.
+    def lease(self, model: Model, disconnected: Callable, **kind):
+        """Yield a ready backend of the model; load it if need be. It is not evicted
+        before the block ends, unless the lease is preemptible: for `kind` see Ticket.
 
         Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
         is true, which is called every POLL_INTERVAL.
         """
         while True:
             self._check_start(model, disconnected)
-            kind = {"preemptible": preemptible, "load_refusal": load_refusal}
             ticket = self._submit(model, **kind)
             try:
                 backend = _await_item(ticket.waiter, disconnected)
@@ -5176,14 +5171,14 @@ def _await_item(items, disconnected):
     while True:
         try:
             item = items.get(timeout=POLL_INTERVAL)
+            break
         except queue.Empty:
             if disconnected():
                 raise ClientDisconnected from None
-            continue
-        items.put(item)
-        if isinstance(item, Exception):
-            raise item.with_traceback(None)  # other threads raise the same one
-        return item
+    items.put(item)
+    if isinstance(item, Exception):
+        raise item.with_traceback(None)  # other threads raise the same one
+    return item
 
 
 def address_of(model: Model) -> Dict[str, int]:
@@ -5277,8 +5272,7 @@ class StallMonitor:
         self._on_tick()
         if time.monotonic() > self._end:
             self.restart()
-            problem = self._on_stall()
-            if problem:
+            if problem := self._on_stall():
                 raise problem
 
 
@@ -5637,7 +5631,9 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload, b"" at its end."""
-        self._reader.on_timeout = StallMonitor(STALL_SECONDS, _stalled, self.on_tick)
+        text = f"the body stalled for {STALL_SECONDS:g} s"
+        stalled = functools.partial(RequestTimeout, text)
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled, self.on_tick)
         try:
             if self._expects:
                 self._expects = False
@@ -5649,10 +5645,6 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
-
-
-def _stalled():
-    return RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -6564,20 +6556,15 @@ class Usage(NamedTuple):
     prompt_speed: Optional[float] = None  # of those in, per second
 
 
-_USAGE_FIELDS = {  # fields of Usage by names in answers, of which the last counts
-    "prompt_n": "tokens_in",
-    "tokens_evaluated": "tokens_in",
-    "input_tokens": "tokens_in",
-    "prompt_tokens": "tokens_in",
-    "predicted_n": "tokens_out",
-    "tokens_predicted": "tokens_out",
-    "output_tokens": "tokens_out",
-    "completion_tokens": "tokens_out",
-    "predicted_per_second": "tokens_per_second",
-    "cache_n": "tokens_cached",
-    "cache_read_input_tokens": "tokens_cached",
-    "cached_tokens": "tokens_cached",
-    "prompt_per_second": "prompt_speed",
+_USAGE_NAMES = {  # by fields of Usage; of several in an answer the last counts
+    "tokens_in": "prompt_n tokens_evaluated input_tokens prompt_tokens",
+    "tokens_out": "predicted_n tokens_predicted output_tokens completion_tokens",
+    "tokens_per_second": "predicted_per_second",
+    "tokens_cached": "cache_n cache_read_input_tokens cached_tokens",
+    "prompt_speed": "prompt_per_second",
+}
+_USAGE_FIELDS = {
+    name: field for field, names in _USAGE_NAMES.items() for name in names.split()
 }
 # The text that a model writes cannot match: quotes in it are escaped.
 _USAGE = re.compile(
@@ -7602,8 +7589,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        late = f"the head took longer than {HEAD_SECONDS:g} s"
-        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(late))
+        why = f"the head took longer than {HEAD_SECONDS:g} s"
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(why))
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -8075,10 +8062,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body.on_tick = self.response.check_cancelled
         self._edit_body()
         may_repeat = self.body.is_complete and not refusal
-        terms = self.model, self.response.heartbeat, preemptible, refusal
+        terms = self.model, self.response.heartbeat
+        kind = {"preemptible": preemptible, "load_refusal": refusal}
         asked_at = time.monotonic()
         for is_last in (False, True):
-            with self.pool.lease(*terms) as backend:
+            with self.pool.lease(*terms, **kind) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
                     self.row["waited"] = self.waited
@@ -8918,7 +8906,7 @@ class FileWatch:
         with self._lock:
             if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can be started
+                with contextlib.suppress(RuntimeError):  # no thread can be started
                     self._look = start_thread(self._find_change, "watch", on_change)
         if self._look.is_alive():
             self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
