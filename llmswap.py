@@ -243,7 +243,7 @@ def either(word, value, parse):
         try:
             return parse(text)
         except ValueError as error:
-            raise ValueError(f"{error}, nor {word!r}" if word else str(error)) from None
+            raise ValueError(f"{error}, nor {word!r}") from None
 
     return parse_either
 
@@ -287,11 +287,11 @@ parse_host_port = pattern(
     lambda match: (match[1] or match[2], int(match[3])),
 )
 parse_endpoint = either("none", None, pattern("a path such as /health", r"/\S*"))
-parse_mac = either("", None, pattern(
+parse_mac = pattern(
     "an address such as ab:cd:ef:01:23:45",
-    "[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}",
-    lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])),
-))
+    "([0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5})?",
+    lambda match: bytes.fromhex(re.sub("[:-]", "", match[0])) or None,
+)
 
 
 def parse_words(text) -> tuple:
@@ -580,6 +580,7 @@ STATEMENT = re.compile(  # lines indented deeper than their `cmd` continue it
         (?P<value>[^\r\n]* (?(cmd) (?:(?:{NEWLINE.pattern})
             (?P=indent)[ \t]+[^ \t\r\n][^\r\n]*)* ))
       | (?:[;\#][^\r\n]*)?
+      | (?P<error>[^\r\n]*)
     ) (?:{NEWLINE.pattern}|\Z)""",
     re.VERBOSE,
 )
@@ -602,27 +603,25 @@ class Setting(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One section; `settings` by key, the last of equal keys."""
+    """One section; of equal keys and of equal options only the last."""
 
     name: str
     place: str
-    settings: dict
+    keys: dict  # settings for llmswap by key
+    options: dict  # settings for llama-server by key
+    source: str = "preset"  # of its model, as llama.cpp's router calls it
 
 
 def parse_presets(data, path, warn) -> dict:
     """Return the sections by name; of those with the same only the last. Beyond what
     llama.cpp reads, lines may be indented and keys have dashes. Raise ConfigError."""
-    sections, section = {}, None
-    text, offset, line = data.decode("utf-8-sig", "surrogateescape"), 0, 1
-    while offset < len(text):
+    sections, section, line = {}, None, 1
+    for statement in STATEMENT.finditer(data.decode("utf-8-sig", "surrogateescape")):
         place = f"{path}:{line}:"
-        statement = STATEMENT.match(text, offset)
-        if statement is None or NOT_TEXT.search(statement[0]):
-            first_line = NEWLINE.split(text[offset:], 1)[0].strip()
-            raise ConfigError(f"{place} {first_line!r} is neither [section], "
-                              "key = value nor a comment, in UTF-8")
-        offset = statement.end()
         line += len(NEWLINE.findall(statement[0]))
+        if statement["error"] or NOT_TEXT.search(statement[0]):
+            raise ConfigError(f"{place} {statement[0].strip()!r} is neither [section], "
+                              "key = value nor a comment, in UTF-8")
         name, key = statement["header"], statement["key"]
         if key and section is None and key.replace("_", "-") not in IGNORED_KEYS:
             name = "default"
@@ -632,35 +631,38 @@ def parse_presets(data, path, warn) -> dict:
             name = name.strip() if name.strip() in ("llmswap", "macros") else name
             if sections.pop(name, None):
                 warn(f"{place} [{name}]: given before; this one counts")
-            section = sections[name] = Section(name, f"{place} [{name}]", {})
+            section = sections[name] = Section(name, f"{place} [{name}]", {}, {})
         if key and section:
-            setting = parse_setting(section, key, statement["value"], place, warn)
-            if setting.key in section.settings:
-                warn(f"{setting.place}: given before; this one counts")
-            section.settings[setting.key] = setting
+            add_setting(section, key, statement["value"], place, warn)
     return sections
 
 
-def parse_setting(section, key, text, place, warn) -> Setting:
-    """Return the setting on a line: without its comment, if it can have one."""
+def add_setting(section, key, text, place, warn):
+    """Add the setting on a line: without its comment, if it can have one."""
     place = f"{place} [{section.name}] {key}"
     if section.name != "macros" and not key.startswith("env."):
         key = key.replace("_", "-")
         key = SYNONYMS.get(key, key)
+        if key in IGNORED_KEYS:
+            return
     if key == "cmd":
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
         lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
         text = " ".join(filter(None, lines))
-    if key in WITHOUT_COMMENT:
-        return Setting(key, text.strip(" \t"), place)
     is_own = section.name in ("llmswap", "macros") or is_model_key(key)
-    is_shared = not is_own or key in SHARED_KEYS
-    comment = (LLAMA_COMMENT if is_shared else OWN_COMMENT).search(text)
+    comment = LLAMA_COMMENT.search(text)
+    if key in WITHOUT_COMMENT:
+        comment = None
+    elif is_own and key not in SHARED_KEYS:
+        comment = OWN_COMMENT.search(text)
     value = text[: comment.start() if comment else None].strip(" \t")
     if comment and (comment[0] in (";", "#") or value.count('"') % 2):
         warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
              f"the value is {value!r}")
-    return Setting(key, value, place)
+    settings = section.keys if is_own else section.options
+    if key in settings:
+        warn(f"{place}: given before; this one counts")
+    settings[key] = Setting(key, value, place)
 
 
 # ---- Texts: with variables and macros as ${NAME}, some quoted as in a shell ----------
@@ -672,18 +674,15 @@ SHELL_SYNTAX = re.compile(
 )
 
 
-def expand(text, variables) -> str:
+def expand(text, variables, **more) -> str:
     """Return the text with each ${NAME} replaced and each $${ a literal ${; raise
     ValueError for a name that has no value."""
-
-    def value(match):
-        if match[1] is None:
-            return "${"
-        if match[1] not in variables:
-            raise ValueError(f"${{{match[1]}}} is unknown here; $${{ is a literal ${{")
-        return str(variables[match[1]])
-
-    return VARIABLE.sub(value, text)
+    values = {**variables, **more, None: "${"}
+    try:
+        return VARIABLE.sub(lambda match: str(values[match[1]]), text)
+    except KeyError as error:
+        reason = f"${{{error.args[0]}}} is unknown here"
+        raise ValueError(f"{reason}; $${{ is a literal ${{") from None
 
 
 def needs_port(text) -> bool:
@@ -691,24 +690,34 @@ def needs_port(text) -> bool:
     return "PORT" in VARIABLE.findall(text)
 
 
-def read_setting(key, setting, macros, variables, warn):
+def expand_macros(section, macros):
+    """Replace the macros in a section's settings; macros may use macros, ten deep. In a
+    file without macros, ${ means nothing in options, as for llama-server."""
+    for settings in (section.keys, section.options):
+        for key, (_, text, place) in settings.items():
+            if settings is section.options and not macros:
+                text = text.replace("${", "$${")
+            for _ in range(10):
+                text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
+            settings[key] = Setting(key, text, place)
+
+
+def read_setting(key, setting, variables, warn):
     """Return the value of the key, or raise ConfigError with the setting's place. A
-    text that may hold ${PORT} or ${PID} is returned as text, with macros expanded.
-    `warn` is called for words of a command that only a shell understands."""
-    text = setting.text
-    for _ in range(10):  # macros may use macros this deep
-        text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
+    text that may hold ${PORT} or ${PID} is returned as it is. `warn` is called for
+    words of a command that only a shell understands."""
     late = LATE_VARIABLES.get(key.name, {})
     try:
-        value = key.parse(expand(text, {**variables, **late}))
-        words = shlex.split(text if late else value) if key.name in QUOTED_KEYS else []
+        value = key.parse(expand(setting.text, variables, **late))
+        value = setting.text if late else value
+        words = shlex.split(value) if key.name in QUOTED_KEYS else []
     except ValueError as error:
         raise ConfigError(f"{setting.place}: {error}") from None
     shell_words = " ".join(filter(SHELL_SYNTAX.fullmatch, words))
     if shell_words:
         warn(f"{setting.place}: only a shell understands {shell_words}, and none is "
              "run: write sh -c '...', and ${env.NAME} for $NAME")
-    return text if late else value
+    return value
 
 
 def split_words(text) -> list:
@@ -750,12 +759,6 @@ class Option(NamedTuple):
     variables: Sequence[str] = ()
 
     @property
-    def keys(self):
-        """The INI keys of the option."""
-        names = [*self.names, *self.negatives, *self.variables]
-        return [name.lstrip("-").replace("_", "-") for name in names]
-
-    @property
     def name(self):
         """The spelling that llama.cpp's router uses."""
         return self.names[-1]
@@ -778,8 +781,10 @@ class OptionTable:
     unknown: each key is an option with a value."""
 
     def __init__(self, options=()):
-        # as in llama.cpp, a later option takes a key from an earlier one
-        self.by_key = {key: option for option in options for key in option.keys}
+        self.by_key = {}  # as in llama.cpp, a later option takes a key from an earlier
+        for option in options:
+            for name in (*option.names, *option.negatives, *option.variables):
+                self.by_key[name.lstrip("-").replace("_", "-")] = option
 
     def find(self, key) -> Optional[Option]:
         """Return the option that a key means, or None."""
@@ -811,14 +816,12 @@ class OptionTable:
 
     def pitfalls(self, settings):
         """Yield warnings of settings that mean something else to llama.cpp."""
-        first = {}
+        first_keys = {}
         for key, text, place in settings:
-            option = self.find(key)
-            if option is None:
-                continue
-            other = first.setdefault(option.names[0], key)
-            if other != key:
-                yield f"{place}: the same option as {other}; this one counts"
+            option = self.find(key) or Option((key,))
+            first_key = first_keys.setdefault(option.names[0], key)
+            if first_key != key:
+                yield f"{place}: the same option as {first_key}; this one counts"
             if not ROUTER_OPTIONS.isdisjoint(option.names):
                 yield f"{place}: {unknown_key(key, 'not of a model')}; it is ignored"
             elif not option.values and text not in TRUTHY + FALSY:
@@ -860,7 +863,6 @@ def parse_help(text) -> Optional[OptionTable]:
 # ---- Models --------------------------------------------------------------------------
 
 EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-NOT_MODELS = ("llmswap", "macros", "*")
 
 # The keys whose change needs a new backend, by kind of model.
 PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
@@ -948,8 +950,10 @@ class Model(NamedTuple):
         fixed = {"host": "127.0.0.1", "port": str(port), "alias": self.name}
         if "log-colors" in table.by_key:
             fixed["log-colors"] = "off"
-        settings = [setting._replace(text=self._expand(setting.text, PORT=port))
-                    for layer in self.options for setting in layer]
+        settings = [
+            Setting(key, self._expand(os.path.expanduser(text), PORT=port), place)
+            for layer in self.options for key, text, place in layer
+        ]
         if self.context_dir and table.find(SAVE_PATH):  # the file may override it
             settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
         settings += [Setting(key, text, self.place) for key, text in fixed.items()]
@@ -972,7 +976,7 @@ class Model(NamedTuple):
         return [self._expand(word, **more) for word in split_words(text)]
 
     def _expand(self, text, **more):
-        return expand(text, {**self.variables, **more})
+        return expand(text, self.variables, **more)
 
 
 def folder_name(name) -> str:
@@ -983,74 +987,61 @@ def folder_name(name) -> str:
     return quoted
 
 
-def has_source(settings) -> bool:
-    """Return whether one of these options says where the model's file is."""
-    return any(SOURCE_KEY.fullmatch(setting.key) for setting in settings)
-
-
-def split_settings(section):
-    """Return a section's settings by key, and its list of options."""
-    keys, options = {}, []
-    for key, setting in sorted(section.settings.items()):
-        if is_model_key(key):
-            keys[key] = setting
-        elif key not in IGNORED_KEYS:
-            options.append(setting)
-    return keys, options
+def has_source(section) -> bool:
+    """Return whether one of its options says where the model's file is."""
+    return any(map(SOURCE_KEY.fullmatch, section.options))
 
 
 class ModelBuilder:
-    """Makes a Model of a section; the first mistake becomes the Model's problem."""
+    """Makes a Model of sections; the first mistake becomes the Model's problem."""
 
-    def __init__(self, section, defaults, macros, variables, warn):
-        """`defaults`, which the section overrides: keys, then layers of options."""
-        self._name, self._place, _ = section
-        self._macros = macros
-        self._variables = {**variables, "MODEL_ID": self._name}
-        self._context = macros, self._variables, warn
+    def __init__(self, sections, variables, warn):
+        """Of the sections, the weakest first, the last is the model's own."""
+        self._sections = sections
+        self._own = own = sections[-1]
+        self._variables = {**variables, "MODEL_ID": own.name}
         self._warn = warn
         self._problems = []
-        self._own, options = split_settings(section)
-        is_remote = "proxy" in self._own and not (
-            needs_port(self._own["proxy"].text) or has_source(options)
-        )
-        self._kind = next(
-            (name for name in EXCLUSIVE_KEYS if name in self._own),
-            "remote" if is_remote else "llama-server",
-        )
-        keys, *layers = defaults
+        proxy = own.keys.get("proxy")
+        is_remote = proxy and not (needs_port(proxy.text) or has_source(own))
+        default = "remote" if is_remote else "llama-server"
+        self._kind = next((key for key in EXCLUSIVE_KEYS if key in own.keys), default)
+
+    def build(self, state_dir) -> Model:
+        """Return the Model, with defaults in the place of invalid values."""
+        keys = {}
+        for section in self._sections:
+            keys.update(section.keys)
         if self._kind == "uses":
             keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
-        self._keys = {**keys, **self._own}
-        self._layers = *layers, options
-
-    def build(self) -> Model:
-        """Return the Model, with defaults in the place of invalid values."""
         values = {**DEFAULTS, "env": {}}
         if self._kind == "cmd":
             values["hang_timeout"] = 0.0
-        for name, setting in self._keys.items():
+        for name, setting in keys.items():
             if name.startswith("env."):
                 values["env"][name[len("env.") :]] = self._read(ENV_KEY, setting, "")
             else:
                 key = MODEL_KEY[name]
                 values[key.attribute] = self._read(key, setting, values[key.attribute])
-        settings = ModelSettings(**values)
-        layers = self._layers if self._kind == "llama-server" else ()
-        options = tuple(
-            [each._replace(text=self._option_text(each)) for each in layer]
-            for layer in layers
-        )
+        settings, options, context_dir = ModelSettings(**values), (), ""
+        name, place, *_, source = self._own
+        if self._kind == "llama-server":
+            options = tuple(sorted(each.options.values()) for each in self._sections)
+            if settings.keep_context:
+                context_dir = f"{state_dir}/context/{folder_name(name)}/"
+        for setting in itertools.chain(*options):
+            self._read(ENV_KEY, setting, "")  # for its mistakes only
         self._problems += map(": ".join, self._mistakes(settings))
-        problem = next(iter(self._problems), None)
-        preset_only = tuple((key, self._keys[key].text)
-                            for key in PRESET_ONLY_KEYS if key in self._keys)
-        return Model(self._name, self._kind, self._place, settings, options,
-                     self._variables, (self._name,), problem, preset_only=preset_only)
+        preset_only = [(key, keys[key].text) for key in PRESET_ONLY_KEYS if key in keys]
+        return Model(
+            name, self._kind, place, settings, options, self._variables, (name,),
+            problem=next(iter(self._problems), None), source=source,
+            preset_only=tuple(preset_only), context_dir=context_dir,
+        )
 
     def _read(self, key, setting, default):
         try:
-            return read_setting(key, setting, *self._context)
+            return read_setting(key, setting, self._variables, self._warn)
         except ConfigError as error:
             if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
                 self._warn(f"{error}; taken as {key.default}")
@@ -1058,19 +1049,11 @@ class ModelBuilder:
                 self._problems.append(str(error))
             return default
 
-    def _option_text(self, setting):
-        """Return the text with its ~ expanded. In a file without [macros] a ${ has no
-        meaning, as for llama-server."""
-        text = setting.text.replace("${", "$${")
-        if self._macros:
-            text = self._read(ENV_KEY, setting, "")
-        return os.path.expanduser(text)
-
     def _mistakes(self, settings):
         """Yield what is wrong for this kind: the place to blame, and why."""
-        kind, own, here = self._kind, self._own, self._place
+        kind, own, here = self._kind, self._own.keys, self._own.place
         launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
-        for setting in self._layers[-1] if kind != "llama-server" else ():
+        for setting in self._own.options.values() if kind != "llama-server" else ():
             why = f"options of llama-server cannot stand beside {kind}"
             yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
         for key, setting in own.items():
@@ -1083,7 +1066,7 @@ class ModelBuilder:
         proxy_place = own["proxy"].place if "proxy" in own else here
         has_port = needs_port(settings.proxy)
         texts = [settings.cmd, settings.extra_args, *settings.env.values()]
-        if kind == "llama-server" and not any(map(has_source, self._layers)):
+        if kind == "llama-server" and not any(map(has_source, self._sections)):
             yield here, "it has no source: model, hf-repo, model-url or docker-repo"
         if kind == "llama-server" and not has_port:
             yield proxy_place, "the proxy of a llama-server needs ${PORT}"
@@ -1107,7 +1090,7 @@ def canonical_name(name) -> str:
     return head + colon + tag if colon else name
 
 
-def find_models(directory, place) -> dict:
+def find_models(directory) -> dict:
     """Return the options of the models in a directory (files or folders) by id, as
     llama-server does. Raise OSError."""
     models = {}
@@ -1120,10 +1103,9 @@ def find_models(directory, place) -> dict:
             match = re.search(r"/(mtp-|dspark-|dflash-)?[^/]*\.gguf\Z", path)
             if match:
                 key = "model-draft" if match[1] else "model"
-                key = "mmproj" if "mmproj" in match[0] else key
-                options.setdefault(key, Setting(key, path, place))
+                options.setdefault("mmproj" if "mmproj" in match[0] else key, path)
         if "model" in options:
-            models[entry.name.replace(".gguf", "")] = sorted(options.values())
+            models[entry.name.replace(".gguf", "")] = options
     return models
 
 
@@ -1223,27 +1205,31 @@ class ConfigLoader:
 
     def __init__(self, data, path, environ, list_cached=lambda _: ()):
         self._path = path
+        self._environ = environ
         self._list_cached = list_cached
         self._cached = ()  # names of the models in llama.cpp's cache
-        self._environ = environ
         self._warnings = []
         self._warn = self._warnings.append
-        empty = {name: Section(name, "", {}) for name in NOT_MODELS}
-        self._sections = {**empty, **parse_presets(data, path, self._warn)}
-        macros = self._sections["macros"].settings
-        texts = {name: setting.text for name, setting in macros.items()}
-        variables = {f"env.{name}": value for name, value in environ.items()}
-        self._context = texts, variables, self._warn
-        self._written = {}  # settings of llmswap by key
-        self._names = {}  # ids of models by name
+        self._sections = parse_presets(data, path, self._warn)
+        self._star, llmswap, macros = (
+            self._sections.pop(name, Section(name, "", {}, {}))
+            for name in ("*", "llmswap", "macros")
+        )
+        self._ids = {canonical_name(name): name for name in sorted(self._sections)}
+        self._written = llmswap.keys
+        macros = {name: setting.text for name, setting in macros.keys.items()}
+        for section in (self._star, llmswap, *self._sections.values()):
+            expand_macros(section, macros)
+        self._variables = {f"env.{name}": value for name, value in environ.items()}
 
     def load(self, overrides) -> Config:
         """Return the Config, or raise ConfigError. `overrides`: texts by key, or None
         for those that the file decides."""
         settings = self._read_settings(overrides)
-        models = self._assign_names(self._build_models(settings))
+        models = {model.name: model for model in self._build_models(settings)}
+        names = self._assign_names(models)
         keys = self._read_api_keys(settings)
-        config = Config(self._path, settings, models, self._names, keys, ())
+        config = Config(self._path, settings, models, names, keys, (), self._cached)
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
         for model in sorted(models.values(), key=lambda model: not model.is_pinned):
@@ -1255,30 +1241,31 @@ class ConfigLoader:
         for model in models.values():
             if model.kind == "uses" and not model.problem:
                 models[model.name] = self._link(model, config)
-        warnings = tuple(dict.fromkeys(self._warnings))
-        return config._replace(warnings=warnings, cached=self._cached)
+        return config._replace(warnings=tuple(dict.fromkeys(self._warnings)))
 
     def _read_settings(self, overrides):
-        star, written = self._sections["*"].settings, self._written
-        if "models-max" in star and star["models-max"].text.isdigit():
-            written["models-max"] = star.pop("models-max")  # often written there
-        if "llama-server" in star:
-            written["llama-server"] = star["llama-server"]
-        for key, setting in self._sections["llmswap"].settings.items():
-            if key in PROXY_KEY:
-                written[key] = setting
-            elif is_model_key(key):
-                raise ConfigError(f"{setting.place}: belongs to a model, or in [*]")
-            elif key not in IGNORED_KEYS:
-                near = suggestion(key, PROXY_KEY)
-                raise ConfigError(f"{setting.place}: unknown key{near}")
+        star, written = self._star, self._written
+        for key, setting in written.items():
+            if key not in PROXY_KEY:
+                reason = f"unknown key{suggestion(key, PROXY_KEY)}"
+                if is_model_key(key):
+                    reason = "belongs to a model, or in [*]"
+                raise ConfigError(f"{setting.place}: {reason}")
+        models_max = star.options.get("models-max")
+        if models_max and models_max.text.isdigit():  # often written there
+            written.setdefault("models-max", star.options.pop("models-max"))
+        if "llama-server" in star.keys:
+            written.setdefault("llama-server", star.keys["llama-server"])
+        if "llama-server" in written:
+            star.keys.setdefault("llama-server", written["llama-server"])
         for name, text in overrides.items():
             if text is not None:
                 written[name] = Setting(name, str(text), f"--{name}")
         values = {}
         for key in PROXY_KEYS:
             setting = written.get(key.name, Setting(key.name, key.default, ""))
-            values[key.attribute] = read_setting(key, setting, *self._context)
+            value = read_setting(key, setting, self._variables, self._warn)
+            values[key.attribute] = value
         if "models-max" not in written and (values["budget"] or values["sets"]):
             values["models_max"] = 0
         return ProxySettings(**values)
@@ -1300,113 +1287,97 @@ class ConfigLoader:
         return keys
 
     def _build_models(self, settings):
-        keys, options = split_settings(self._sections["*"])
-        for name in keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
-            raise ConfigError(f"{keys[name].place}: cannot be given for all models")
-        if "llama-server" in self._written:
-            keys.setdefault("llama-server", self._written["llama-server"])
+        star = self._star
+        for name in star.keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
+            place = star.keys[name].place
+            raise ConfigError(f"{place}: cannot be given for all models")
         if None in settings.budget.values():
-            keys.setdefault("needs", Setting("needs", "auto", ""))
-        listed = self._list_models(settings)
-        sections = {
-            name: Section(name, f"{self._path}: [{name}]", {}) for name in listed
-        }
-        sections.update(self._model_sections())
-        models = []
-        for name, section in sections.items():
-            source, layer = listed.get(name, ("preset", []))
-            defaults = keys, options, layer
-            model = ModelBuilder(section, defaults, *self._context).build()
-            if name not in self._sections:
-                model = model._replace(source=source)
-            if model.kind == "llama-server" and model.settings.keep_context:
-                path = f"{settings.state_dir}/context/{folder_name(name)}/"
-                model = model._replace(context_dir=path)
-            models.append(model)
+            star.keys.setdefault("needs", Setting("needs", "auto", ""))
+        sections = {}  # by name of the model, the weakest first
+        for section in [*self._list_models(settings), *self._model_sections()]:
+            sections.setdefault(section.name, [star]).append(section)
+        models = [
+            ModelBuilder(layers, self._variables, self._warn).build(settings.state_dir)
+            for layers in sections.values()
+        ]
         if models and all(model.kind != "llama-server" for model in models):
-            for setting in options:
+            for setting in star.options.values():
                 text = unknown_key(setting.key, "no model here is a llama-server")
                 self._warn(f"{setting.place}: without effect: {text}")
         return models
 
     def _list_models(self, settings):
-        """Return (source, options) by id of the models in llama.cpp's cache and in
-        models-dir. One in the cache has the id of its section, if there is one."""
-        ids = {canonical_name(name): name for name in sorted(self._sections)}
-        listed = {}
+        """Yield sections of the models in llama.cpp's cache and in models-dir. One in
+        the cache has the id of its section in the file, if there is one."""
+        models = {}  # where they come from and their options, by id
         if settings.cache_models:
             self._cached = self._list_cached(settings.llama_server) or ()
         for name in self._cached:
             options = {"hf-repo": name, "offline": "on"}
-            layer = [Setting(key, text, f"[{name}]") for key, text in options.items()]
-            listed[ids.get(name, name)] = "cache", layer
+            models[self._ids.get(name, name)] = "cache", options
         if settings.models_dir:
-            place = self._written["models-dir"].place
             try:
-                for name, layer in find_models(settings.models_dir, place).items():
-                    listed[name] = "models_dir", layer
+                for name, options in find_models(settings.models_dir).items():
+                    models[name] = "models_dir", options
             except OSError as error:
-                self._warn(f"{place}: {error}")
-        return listed
+                self._warn(f"{self._written['models-dir'].place}: {error}")
+        for name, (source, options) in models.items():
+            place = f"{self._path}: [{name}]" if self._path else f"[{name}]"
+            section = Section(name, place, {}, {}, source)
+            for key, text in options.items():
+                text = text.replace("${", "$${")
+                section.options[key] = Setting(key, text, f"{place} {key}")
+            yield section
 
     def _model_sections(self):
-        """Return the sections that are models; of those with the same canonical name
+        """Yield the sections that are models; of those with the same canonical name
         only the last in byte order."""
-        sections = {
-            name: section for name, section in self._sections.items()
-            if name not in NOT_MODELS
-            and (name != "default" or section.settings.keys() - {"version"})
-        }
-        last = {canonical_name(name): name for name in sorted(sections)}
-        for name in [name for name in sections if last.get(name, name) != name]:
-            place = sections.pop(name).place
-            self._warn(f"{place}: replaced by [{last[name]}], the same in llama.cpp")
-        return sections
+        for name, section in self._sections.items():
+            last = self._ids.get(name, name)
+            if last != name:
+                text = f"replaced by [{last}], the same in llama.cpp"
+                self._warn(f"{section.place}: {text}")
+            elif name != "default" or section.keys or section.options:
+                yield section
 
     def _assign_names(self, models):
-        """Return the models by id, and fill `_names`: first with ids, then aliases,
-        canonical names, repositories with one cached model, and names in lower case.
-        A name keeps its first owner."""
-        claims = [("the id", model.name, model) for model in models]
-        for model in models:
-            claims += [("the alias", name, model) for name in model.settings.alias]
-        for model in sorted(models, key=lambda model: model.name, reverse=True):
-            claims.append(("llama.cpp's name", canonical_name(model.name), model))
+        """Return the ids of the models by name: by id, alias, canonical name,
+        repository with one cached model, and by these in lower case. A name keeps its
+        first owner. The models' aliases become those that they own."""
+        names = {name: name for name in models}
+        claims = [("the alias", alias, model) for model in models.values()
+                  for alias in model.settings.alias]
+        claims += [("llama.cpp's name", canonical_name(name), models[name])
+                   for name in sorted(models, reverse=True)]
         for label, name, model in claims:
-            owner = self._names.setdefault(name, model.name)
+            owner = names.setdefault(name, model.name)
             if owner != model.name:
                 self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
+        for name, model in models.items():
+            aliases = [alias for alias in model.settings.alias if names[alias] == name]
+            aliases = tuple(alias for alias in aliases if alias != name)
+            models[name] = model._replace(aliases=aliases)
         repositories = [name.rpartition(":")[0] for name in self._cached]
         for repository, name in zip(repositories, self._cached):
-            if repositories.count(repository) == 1 and name in self._names:
-                self._names.setdefault(repository, self._names[name])
-        for name, owner in [*self._names.items()]:
-            self._names.setdefault(name.strip().casefold(), owner)
-        return {
-            model.name: model._replace(aliases=tuple(
-                name for name in model.settings.alias
-                if name != model.name and self._names[name] == model.name
-            ))
-            for model in models
-        }
+            if repositories.count(repository) == 1 and name in names:
+                names.setdefault(repository, names[name])
+        for name, owner in [*names.items()]:
+            names.setdefault(name.strip().casefold(), owner)
+        return names
 
     def _resolve_names(self, config):
         """Return the settings with ids in the place of names of models."""
-
-        def find(name, key):
-            try:
-                return config.resolve(name)
-            except ModelNotFound as error:
-                raise ConfigError(f"{self._written[key].place}: {error}") from None
-
-        sets = []
-        for names in config.settings.sets:
-            models = [find(name, "sets") for name in names]
-            backends = [[*filter(None, map(config.find, model.settings.uses))]
-                        or [model.name] for model in models]
-            sets += map(frozenset, itertools.product(*backends))
-        default = config.settings.default_model
-        default = default and find(default, "default-model").name
+        sets, default, key = [], config.settings.default_model, "sets"
+        try:
+            for names in config.settings.sets:
+                models = map(config.resolve, names)
+                backends = [[*filter(None, map(config.find, model.settings.uses))]
+                            or [model.name] for model in models]
+                sets += map(frozenset, itertools.product(*backends))
+            key = "default-model"
+            default = default and config.resolve(default).name
+        except ModelNotFound as error:
+            raise ConfigError(f"{self._written[key].place}: {error}") from None
         return config.settings._replace(sets=tuple(sets), default_model=default)
 
     def _link(self, model, config):
@@ -2332,34 +2303,34 @@ def listening_inodes(port: int) -> Set[int]:
     inodes = set()
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(AttributeError, OSError):
-            for address, inode in _listeners(family, port):
-                if not any(address) or address.endswith(b"\x7f\0\0\1"):
-                    inodes.add(inode)
+            for message in _listeners(family, port):
+                address = message[24:40]
+                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
+                if is_loopback or not any(address):
+                    inodes.update(struct.unpack_from("=I", message, 84))
     return inodes
 
 
 def _listeners(family, port):
-    """Yield (address, inode) of the sockets that the kernel finds there.
+    """Yield an inet_diag_msg, with its header, for each socket that listens there.
 
-    Asked directly: to write its tables into /proc takes it 20 ms and more.
+    Asked directly: to write its tables into /proc takes the kernel 20 ms and more.
     """
     query = struct.pack(
         "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
         socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
     )  # fmt: skip
-    width = 4 if family == socket.AF_INET else 16
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(1.0)
         kernel.send(query)
         while True:
-            data, at = kernel.recv(65536), 0
-            while at < len(data):
-                size, kind = struct.unpack_from("=IH", data, at)
+            data = kernel.recv(65536)
+            while data:
+                size, kind = struct.unpack_from("=IH", data)
                 if kind != SOCK_DIAG_BY_FAMILY:
                     return  # that was the last
-                (inode,) = struct.unpack_from("=I", data, at + 84)
-                yield data[at + 24 : at + 24 + width], inode
-                at += (size + 3) & ~3
+                yield data
+                data = data[(size + 3) & ~3 :]
 
 
 def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
@@ -2465,8 +2436,6 @@ class Upstream:
 
     def mark_alive(self):
         """The backend gave a sign of life just now, such as a part of an answer."""
-        if not self.seen_within(math.inf):
-            self._close_idle()
         self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
 
     def seen_within(self, seconds: float) -> bool:
@@ -2488,14 +2457,14 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        if not self.seen_within(math.inf):  # the machine was suspended
-            self._close_idle()
         was_used = False
         with contextlib.suppress(IndexError):
             while not was_used:
-                sock = self._idle.pop()
+                sock, suspended = self._idle.pop()
+                was_suspended = suspended_seconds() > suspended + 1.0
                 rest_of_record = getattr(sock, "pending", int)()  # of TLS
-                was_used = not (rest_of_record or await_event(sock, select.POLLIN, 0))
+                has_input = rest_of_record or await_event(sock, select.POLLIN, 0)
+                was_used = not (was_suspended or has_input)
                 if not was_used:  # the backend has closed it, or sent bytes unasked
                     sock.close()
         if not was_used:
@@ -2512,7 +2481,7 @@ class Upstream:
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
-        self._idle.append(sock)
+        self._idle.append((sock, suspended_seconds()))
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2530,7 +2499,7 @@ class Upstream:
     def _close_idle(self):
         with contextlib.suppress(IndexError):
             while True:
-                self._idle.pop().close()
+                self._idle.pop()[0].close()
 
 
 def cut(sockets: Iterable[socket.socket]):
@@ -2622,11 +2591,15 @@ class Guard:
     def _tell(self, sign, group):
         os.write(self.fd, f"{sign} {group}\n".encode())
 
-    def watch(self, group: int):
-        """Be responsible for this process group."""
+    def spawn(self, argv: List[str], **options) -> subprocess.Popen:
+        """Start a process in a group of its own, which the guard, started anew if it is
+        dead, is responsible for. Raise OSError."""
+        self.start()
+        process = subprocess.Popen(argv, start_new_session=True, **options)
         with self._lock:
-            self._groups.add(group)
-            self._tell("+", group)
+            self._groups.add(process.pid)
+            self._tell("+", process.pid)
+        return process
 
     def forget(self, group: int):
         """The group is dead; its number may soon be another's."""
@@ -2680,16 +2653,18 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
     """Run a command for at most so many seconds, or until `until()`; `more` goes to
     Popen. Return its status (None: it was killed, or cannot run) and its output."""
     runtime = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}"}  # cron does not set it
-    environment = {**runtime, **clean_environment({})}
-    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-    options = {"stderr": subprocess.DEVNULL, "env": environment, **files, **more}
+    options = {
+        "env": {**runtime, **clean_environment({})},
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+        **more,
+    }
     guard, deadline = Guard.current or Guard(), time.monotonic() + timeout
     try:
-        guard.start()
-        process = subprocess.Popen(argv, start_new_session=True, **options)
+        process = guard.spawn(argv, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
-    guard.watch(process.pid)
     output = None
     with process.stdout:
         while output is None:
@@ -2997,11 +2972,9 @@ class Backend:
         """
         settings, timeout = self.model.settings, max(0.001, timeout)
         method, path, body = request or ("GET", settings.check_endpoint, "")
-        headers = {"Connection": "close"}
+        headers = {"Connection": "close", "Content-Type": "application/json"}
         if settings.proxy_key:
             headers["Authorization"] = f"Bearer {settings.proxy_key}".encode()
-        if body:
-            headers["Content-Type"] = "application/json"
         sock = None
         try:
             sock = self.upstream.dial(min(timeout, CONNECT_TIMEOUT))
@@ -3064,11 +3037,9 @@ class Backend:
         """
         if time.monotonic() < self._looked_at + LOOK_AT_LOADS:
             return
-        self._looked_at, memory, read = time.monotonic(), 0, 0
-        family = group_members(self.pid) if self.pid else set()
-        for pid in family:
-            memory += memory_of(pid).get("VmRSS", 0)
-            read += _kernel_counts(f"/proc/{pid}/io", "read_bytes: ")
+        self._looked_at, family = time.monotonic(), group_members(self.pid)
+        memory = sum(memory_of(pid).get("VmRSS", 0) for pid in family)
+        read = sum(_kernel_counts(f"/proc/{pid}/io", "read_bytes: ") for pid in family)
         activity = (memory + read) >> 20  # a few pages are no progress
         if activity not in self._seen_activity:
             self._seen_activity.add(activity)
@@ -3082,16 +3053,16 @@ class Backend:
 
     def _check_hang(self):
         """A request is silent: without an answer to health in time, too, it hangs."""
-        limit, is_answered = self.model.settings.hang_timeout, False
+        limit = self.model.settings.hang_timeout
         until = self._silent_since + limit
-        while not is_answered and self._is_alive() and time.monotonic() < until:
-            is_answered = self._probe(until - time.monotonic()).status is not None
-            if not is_answered:
-                self._wait(min(1.0, until - time.monotonic()))
+        while self._is_alive() and time.monotonic() < until:
+            if self._probe(until - time.monotonic()).status is not None:
+                break
+            self._wait(min(1.0, until - time.monotonic()))
+        else:
+            if self._is_alive() and not self.upstream.seen_within(limit):
+                self._give_up()
         self._silent_since = None
-        is_answered = is_answered or self.upstream.seen_within(limit)
-        if not is_answered and self._is_alive():
-            self._give_up()
 
     def _give_up(self):
         self._is_ready = False  # it is killed, as it would not hear a SIGTERM
@@ -3186,7 +3157,7 @@ class ProcessBackend(Backend):
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None  # the last that was started
-        self._partial_line = b""  # of its output: a line without an end
+        self._is_output_read = threading.Event()
 
     # -- load
 
@@ -3198,7 +3169,8 @@ class ProcessBackend(Backend):
             if is_healthy and self._restore_context():
                 return self._is_alive()
             is_port_chosen = self.upstream.port == self.port
-            may_repeat = is_healthy or self._stranger and is_port_chosen
+            is_taken = self._stranger or not self._is_listener_ours()
+            may_repeat = is_healthy or is_port_chosen and is_taken
             if self._is_stop_asked or not may_repeat:
                 return False
             self._terminate()
@@ -3207,29 +3179,25 @@ class ProcessBackend(Backend):
     def _spawn(self):
         model, self.port = self.model, free_port()
         environment = clean_environment(model.environment(str(self.port)))
-        self._surroundings = {
-            "env": environment,
-            "cwd": model.settings.cwd or None,
-            "stderr": subprocess.STDOUT,
-        }
+        cwd, output = model.settings.cwd or None, subprocess.STDOUT
+        self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
         argv = self._command()
-        find_program(argv[0], environment, model.settings.cwd)
+        find_program(argv[0], environment, cwd)
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
         self._stranger = self._own_inodes = None
         self._oom_kills = oom_kills()
-        self._guard.start()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE}
-        options = {"start_new_session": True, **files, **self._surroundings}
-        self._process = subprocess.Popen(argv, **options)
+        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._process = self._guard.spawn(argv, **files, **self._surroundings)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
-        self._guard.watch(self.pid)
+        self._is_output_read.clear()
         try:
-            start_thread(self._watch_process, "process")
+            start_thread(self._read_output, "output", self._process)
+            start_thread(self._await_exit, "exit")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
             raise
@@ -3241,50 +3209,28 @@ class ProcessBackend(Backend):
         """Do what comes between a good health and the first request; False: again."""
         return True
 
-    def _watch_process(self):
-        """Pass its output on until it has exited, on a thread of its own."""
-        output, exit_fd = self._process.stdout.fileno(), open_pidfd(self.pid)
-        os.set_blocking(output, False)
-        poll = select.poll()
-        poll.register(output, select.POLLIN)
-        if exit_fd is not None:
-            poll.register(exit_fd, select.POLLIN)
-        try:
-            how = os.WEXITED | os.WNOHANG | os.WNOWAIT  # it is not reaped yet
-            while os.waitid(os.P_PID, self.pid, how) is None:
-                ready = dict(poll.poll(50 if exit_fd is None else None))
-                if output in ready and self._read_output(output) == b"":
-                    poll.unregister(output)  # it has closed it
-            for _ in range(128):  # a pipe holds a megabyte; others may write for ever
-                if not self._read_output(output):
-                    break
-            if self._partial_line:
-                self._take_lines(b"\n")
-        finally:
-            if exit_fd is not None:
-                os.close(exit_fd)
-            self._exited.set()
-            self._interrupt()  # its workers may hold the socket of a probe open
+    def _read_output(self, process):
+        """Pass its output on line by line to its end, on a thread of its own. One that
+        left the group and holds the output open is heard until all else is reaped."""
+        data, partial_line = b"\n", b""
+        with process.stdout as output:
+            while data and process.returncode is None:
+                data = output.read(MAX_LINE // 2)
+                *lines, partial_line = (partial_line + data).split(b"\n")
+                if len(partial_line) > (MAX_LINE // 2 if data else 0):
+                    lines, partial_line = [*lines, partial_line], b""
+                for line in lines:
+                    self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
+                    self._listener.on_line(self, self.lines[-1])
+                self._progress_at = time.monotonic()
+                if not self._is_ready:
+                    self._wakeup.set()
+        self._is_output_read.set()
 
-    def _read_output(self, fd):
-        """Return what could be read; None if there is nothing now, b"" at the end."""
-        data = None
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(fd, MAX_LINE // 2)
-        if data:
-            self._take_lines(data)
-            self._progress_at = time.monotonic()
-            if not self._is_ready:
-                self._wakeup.set()
-        return data
-
-    def _take_lines(self, data):
-        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        if len(self._partial_line) > MAX_LINE // 2:  # the next read adds as much
-            lines, self._partial_line = [*lines, self._partial_line], b""
-        for line in lines:
-            self.lines.append(line.decode("utf-8", "replace").rstrip("\r"))
-            self._listener.on_line(self, self.lines[-1])
+    def _await_exit(self):
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
+        self._exited.set()
+        self._interrupt()  # its workers may hold the socket of a probe open
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
@@ -3334,11 +3280,11 @@ class ProcessBackend(Backend):
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
+        self._is_output_read.wait(0.5)
         self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
             time.sleep(0.002)
-        self._process.stdout.close()
         if not self._is_kill_asked:
             settle(gpu_users, self._settle_timeout)
 
@@ -3379,12 +3325,11 @@ def _is_group_alive(group):
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass  # its orphans are our children where we are process 1
-    try:
+    with contextlib.suppress(OSError):
         os.killpg(group, 0)
-    except OSError:
-        return False
-    stats = filter(None, map(process_stat, group_members(group)))
-    return any(stat.state not in "ZX" for stat in stats)
+        stats = filter(None, map(process_stat, group_members(group)))
+        return any(stat.state not in "ZX" for stat in stats)
+    return False
 
 
 def memory_of(pid: int) -> Dict[str, int]:
