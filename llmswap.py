@@ -114,6 +114,7 @@ class APIError(Exception):
 
     status, type, code = 500, "server_error", None
     retry_after = may_retry = None
+    exit_code = 1  # of a process; also if it did not exit by itself
     is_out_of_memory = False
 
     def __init__(self, message, param=None, retry_after=None):
@@ -173,9 +174,9 @@ class BackendDied(APIError):
 class LoadFailed(APIError):
     status, code, may_retry = 502, "model_start_failed", False
 
-    def __init__(self, message, exit_code=None, is_out_of_memory=False):
+    def __init__(self, message, exit_code=1, is_out_of_memory=False):
         super().__init__(message)
-        self.exit_code = exit_code  # None unless the process exited by itself
+        self.exit_code = exit_code
         self.is_out_of_memory = is_out_of_memory  # fewer models beside it may help
 
 class LoadTimeout(LoadFailed):
@@ -1442,25 +1443,19 @@ FAILURES_TO_BACK_OFF = 3  # in a row; after fewer the next load need not wait
 
 class ModelSpec(NamedTuple):
     """What scheduling must know of a model. Times in seconds; 0 means never, no limit.
-
-    `is_local` False: it runs on another machine, which may be asleep; it takes none of
-    models-max, and failed loads are not backed off. `is_pinned`: neither evicted nor
-    unloaded when idle. `is_pinned_once_loaded`: not evicted while it is loaded.
-    `keep_loaded`: started whenever it fits and no ticket waits. `can_sleep`: put to
-    sleep, not stopped, when another needs its room. `problem`: refuses its tickets.
-    """
+    One on another machine, which may be asleep, takes none of models-max."""
 
     needs: Mapping[str, int] = {}
     sleep_needs: Mapping[str, int] = {}
-    is_local: bool = True
-    is_pinned: bool = False
-    is_pinned_once_loaded: bool = False
-    keep_loaded: bool = False
-    can_sleep: bool = False
+    is_local: bool = True  # else on another machine: its failed loads cause no back-off
+    is_pinned: bool = False  # neither evicted nor unloaded when idle
+    is_pinned_once_loaded: bool = False  # not evicted while it is loaded
+    keep_loaded: bool = False  # started whenever it fits and no ticket waits
+    can_sleep: bool = False  # put to sleep, not stopped, when another needs its room
     concurrency: int = 0
     idle_timeout: float = 0.0
     stop_timeout: float = 10.0
-    problem: Optional[APIError] = None
+    problem: Optional[APIError] = None  # refuses its tickets
 
 
 class ModelUsage(NamedTuple):
@@ -1472,16 +1467,13 @@ class ModelUsage(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What may be loaded together, how many tickets may wait, and how long.
-
-    `patience` None: learned from the measured cost of swaps. `models_max`, `queue_max`
-    and `queue_timeout` 0: no limit.
-    """
+    """What may be loaded together, how many tickets may wait, and how long: 0 means no
+    limit."""
 
     models_max: int = 1
     budget: Mapping[str, int] = {}
     sets: Tuple[FrozenSet[str], ...] = ()
-    patience: Optional[float] = None
+    patience: Optional[float] = None  # learned from the measured cost of swaps
     queue_max: int = 512
     queue_timeout: float = 0.0
 
@@ -1520,26 +1512,18 @@ class Start(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Stop the backend of this model, or put it to sleep.
-
-    `cause` is evicted, idle, unload, reload, abandoned or shutdown; `newcomer` is the
-    model that needs the room. A backend that is still loading is to be killed.
-    """
+    """Stop the backend of this model (one that loads is to be killed), or put it to
+    sleep."""
 
     name: str
     run: int
-    cause: str
-    newcomer: Optional[str] = None
+    cause: str  # evicted, idle, unload, reload, abandoned or shutdown
+    newcomer: Optional[str] = None  # the model that needs the room
     to_sleep: bool = False
 
 
 class Ticket:
-    """A request that waits for a backend or, once granted, holds a lease of it.
-
-    A preemptible lease ends when its model is stopped; no stop waits for it. A manual
-    ticket loads the model and holds no lease. One with a `load_refusal` is refused with
-    it once its model would have to be loaded.
-    """
+    """A request that waits for a backend or, once granted, holds a lease of it."""
 
     def __init__(
         self, number, model, arrived, preemptible=False, manual=False, load_refusal=None
@@ -1547,9 +1531,9 @@ class Ticket:
         self.number = number
         self.model = model
         self.arrived = arrived
-        self.preemptible = preemptible
-        self.manual = manual
-        self.load_refusal = load_refusal
+        self.preemptible = preemptible  # the lease ends with a stop; none waits for it
+        self.manual = manual  # it loads the model and holds no lease
+        self.load_refusal = load_refusal  # for the case that its model is to be loaded
         self.run = None  # of the backend that was granted
         self.waiter = None  # belongs to the caller
 
@@ -1562,28 +1546,39 @@ class ModelState:
         self.spec = spec
         self.state = State.UNLOADED
         self.changed_at = None  # when it entered its state; None: never
-        self.run = 0  # number of its current backend
-        self.in_flight = 0
-        self.preemptible = 0  # leases that no stop waits for
         self.waiting = 0  # tickets in the queue
         self.started_at = self.idle_since = 0.0
-        self.ready_at = self.last_grant = -math.inf  # in this run
+        self.last_grant = -math.inf
         self.pause_began = None  # when it became idle; None while in use
         self.pauses = collections.deque(maxlen=8)
-        self.drains_for = None  # the ticket that needs its room
         self.evicted_for = None  # the model that needed its room, until that is ready
         self.load_seconds = self.stop_seconds = None
-        self.failures = 0
         self.last_failure = None
-        self.retry_at = -math.inf
-        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
         self.is_released = False  # unloaded by hand: keep_loaded waits for a request
-        self.idle_timeout = None  # set by a request, until unloaded; inf: never
-        self.unload_by = None  # stopped by hand: no grants; leases are cut then
-        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
         self.is_asleep = False  # or stopping, and was asleep before
         self.retry_victim = None  # the model that must stop before a load is retried
         self.replacement = None  # the spec after a reload, once the backend has exited
+        self.run = 0  # number of its current backend
+        self.reset_failures()
+        self.reset_run()
+
+    def reset_failures(self):
+        self.failures = 0
+        self.retry_at = -math.inf
+        self.keep_loaded_at = -math.inf  # after a crash, keep_loaded waits until then
+
+    def reset_run(self):
+        """Nothing runs; a reload that waited for that takes effect."""
+        self.ready_at = -math.inf
+        self.in_flight = 0
+        self.preemptible = 0  # leases that no stop waits for
+        self.idle_timeout = None  # set by a request; inf: never
+        self.unload_by = None  # stopped by hand: no grants; leases are cut then
+        self.stop_cause = None  # as in Stop; or sleep: it is to fall asleep
+        self.drains_for = None  # the ticket that needs its room
+        if self.replacement is not None:
+            self.spec, self.replacement = self.replacement, None
+            self.reset_failures()
 
     def advance(self, state: State, now: float):
         """Move to this state; a ValueError is a bug."""
@@ -1662,10 +1657,6 @@ class ModelState:
             surplus = min(self.failures - FAILURES_TO_BACK_OFF, 16)
             self.retry_at = now + min(MAX_BACKOFF, 2.0**surplus)
 
-    def reset_failures(self):
-        self.failures = 0
-        self.retry_at = self.keep_loaded_at = -math.inf
-
     def swap_cost(self, newcomer: "ModelState") -> float:
         """Seconds to stop this model, load the newcomer, and load this one again."""
         loads = [self.load_seconds, newcomer.load_seconds]
@@ -1698,34 +1689,28 @@ def choose_victims(
     """Return the candidates to evict, or None if even all of them make no room.
 
     No busy one before any idle ones, then the fewest, then the least recently used.
+    After 256 choices (all of eight models, all pairs of twenty) they need not be the
+    fewest, but none is superfluous.
     """
     by_age = sorted(candidates, key=ModelState.last_used)
-    if not makes_room(frozenset(by_age)):
+    chosen = frozenset(by_age)
+    if not makes_room(chosen):
         return None
-    idle = [model for model in by_age if model.is_idle]
-    busy = [model for model in by_age if not model.is_idle]
-    busy = _fewest(busy, lambda chosen: makes_room(chosen.union(idle)))
-    return busy | _fewest(idle, lambda chosen: makes_room(chosen | busy))
-
-
-def _fewest(models: List[ModelState], makes_room) -> FrozenSet[ModelState]:
-    """Return the smallest choice that makes room, of the first models if several do.
-
-    All together must make room. After 256 choices (all of eight models, all pairs of
-    twenty) it need not be the smallest, but has no superfluous member.
-    """
-    choices = (
-        frozenset(choice)
-        for size in range(len(models) + 1)
-        for choice in itertools.combinations(models, size)
-    )
-    for choice in itertools.islice(choices, 256):
-        if makes_room(choice):
-            return choice
-    chosen = frozenset(models)
-    for model in reversed(models):
-        if makes_room(chosen - {model}):
-            chosen -= {model}
+    for is_idle in (False, True):
+        models = [model for model in by_age if model.is_idle == is_idle]
+        others = chosen.difference(models)
+        choices = (
+            others.union(choice)
+            for size in range(len(models) + 1)
+            for choice in itertools.combinations(models, size)
+        )
+        fewest = next(filter(makes_room, itertools.islice(choices, 256)), None)
+        if fewest is None:
+            for model in reversed(models):
+                if makes_room(chosen - {model}):
+                    chosen -= {model}
+        else:
+            chosen = fewest
     return chosen
 
 
@@ -1868,7 +1853,8 @@ class Scheduler:
         else:  # stopped by other means than llmswap
             model.is_released = True
         model.advance(State.UNLOADED, now)
-        self._end_run(model)
+        del self.held[name]
+        model.reset_run()
         return victim and victim.name
 
     def _choose_retry_victim(self, model, failure):
@@ -1891,29 +1877,23 @@ class Scheduler:
             model.replacement = model.replacement._replace(needs=needs)
             return
         if model.is_held and not model.is_asleep:
-            beside = [each.usage() for each in self.held.values() if each is not model]
-            needs = dict(needs)
-            for each, size in self.limits.budget.items():
-                left = size - sum(usage.needs.get(each, 0) for usage in beside)
+            for each, left in self.left_beside(name).items():
                 ceiling = max(left, model.spec.needs.get(each, 0))
-                needs[each] = min(needs.get(each, 0), ceiling)
+                needs = {**needs, each: min(needs.get(each, 0), ceiling)}
         model.spec = model.spec._replace(needs=needs)
+
+    def left_beside(self, name: str) -> Dict[str, int]:
+        """Return what all models that are held but this one leave of the budget."""
+        held = [each.usage().needs for each in self.held.values() if each.name != name]
+        return {
+            each: size - sum(needs.get(each, 0) for needs in held)
+            for each, size in self.limits.budget.items()
+        }
 
     def _current(self, name, run):
         """The model if this is its current run; None if the event comes too late."""
         model = self.models[name]
         return model if model.run == run and model.is_held else None
-
-    def _end_run(self, model):
-        """Reset the state of the run; a reload that waited for it takes effect."""
-        del self.held[model.name]
-        model.ready_at = -math.inf
-        model.in_flight = model.preemptible = 0
-        model.idle_timeout = model.unload_by = None
-        model.stop_cause = model.drains_for = None
-        if model.replacement is not None:
-            model.spec, model.replacement = model.replacement, None
-            model.reset_failures()
 
     # -- events: operators -----------------------------------------------------------
 
@@ -2481,7 +2461,7 @@ class Upstream:
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
-        self._idle.append((sock, suspended_seconds()))
+        self._idle.append((sock, self._suspended))
         if self._is_closed:  # perhaps since this moment
             self._close_idle()
 
@@ -2941,7 +2921,7 @@ class Backend:
         self._listener.on_dying(self)
         self._ended.set()
 
-    def _end_error(self, why, exit_code=None):
+    def _end_error(self, why, exit_code=1):
         event = "ended by itself" if self._is_ready else "could not be started"
         text = f"{self._title} {event}: {why}{self._last_lines()}"
         is_out_of_memory = OUT_OF_MEMORY.search("\n".join([text, *self.lines]))
@@ -3303,7 +3283,7 @@ class ProcessBackend(Backend):
         elif status < 0:
             known = {number.value: number.name for number in signal.Signals}
             why = f"killed by signal {-status} ({known.get(-status, 'unknown')})"
-        return self._end_error(why, status if status >= 0 else None)
+        return self._end_error(why, status if status >= 0 else 1)
 
     def _last_lines(self):
         """End it; return the last lines that it wrote."""
@@ -3839,7 +3819,7 @@ class UnitBackend(Backend):
             return None
         killed = "killed by the kernel: out of memory"
         reason = {"success": "it ended", "oom-kill": killed}.get(result, result)
-        code = int(status) if result == "exit-code" else None
+        code = int(status) if result == "exit-code" else 1
         return self._end_error(f"{reason}, status {status}", code)
 
     def _last_lines(self):
@@ -4306,7 +4286,6 @@ class Broadcast:
         def get(timeout):
             with contextlib.suppress(queue.Empty):
                 return follower.get(timeout=timeout)
-            return None
 
         try:
             yield get
@@ -4339,43 +4318,34 @@ STOP_REASONS = {
 
 
 class ModelStatus(NamedTuple):
-    """One model at one moment. Times in seconds, memory in bytes.
-
-    `state` is a value of State, `seconds` for how long (None: since the start).
-    `progress` of a load: 0 to 1. `failure` says why its last run failed, `stopped` why
-    it was stopped, `unusable` what is wrong in the file. `shares` names the model whose
-    backend it uses now, and whose state it has. `pinned`: nothing may evict it now.
-    `context` is the size of its saved contexts (None: not saved), `context_seconds`
-    what they have spared. `entry` is the last of its own /v1/models. `holds` is what it
-    takes of the budget now.
-    """
+    """One model at one moment. Times in seconds, memory in bytes."""
 
     id: str
     aliases: Sequence[str] = ()
     description: str = ""
     kind: str = "llama-server"
-    state: str = "unloaded"
-    seconds: Optional[float] = None
-    progress: Optional[float] = None
+    state: str = "unloaded"  # a value of State
+    seconds: Optional[float] = None  # for so long; None: since the start
+    progress: Optional[float] = None  # of a load: 0 to 1
     rss: Optional[int] = None
     vram: Optional[int] = None
     running: int = 0
     waiting: int = 0
     unload_in: Optional[float] = None
-    tokens_per_second: Optional[float] = None
-    context: Optional[int] = None
-    context_seconds: float = 0.0
-    failure: Optional[APIError] = None
-    stopped: Optional[str] = None
-    pinned: bool = False
-    unusable: Optional[str] = None
-    shares: Optional[str] = None
+    tokens_per_second: Optional[float] = None  # of the last answer
+    context: Optional[int] = None  # the size of its saved contexts; None: not saved
+    context_seconds: float = 0.0  # what they have spared
+    failure: Optional[APIError] = None  # why its last run failed
+    stopped: Optional[str] = None  # why it was stopped
+    pinned: bool = False  # nothing may evict it now
+    unusable: Optional[str] = None  # what is wrong in the file
+    shares: Optional[str] = None  # the model whose backend it uses now, and its state
     pid: Optional[int] = None
     port: Optional[int] = None
-    entry: Mapping[str, object] = {}
+    entry: Mapping[str, object] = {}  # the last of its own /v1/models
     needs: Mapping[str, int] = {}
     needs_source: Optional[str] = None
-    holds: Mapping[str, int] = {}
+    holds: Mapping[str, int] = {}  # what it takes of the budget now
 
 
 class Run:
@@ -4417,9 +4387,8 @@ class Pool:
         self._machine_budget = None  # measured when a budget is `auto`
         self._vram_at_start = None  # its vram; None if models ran already
         self.budget = self._find_budget(config)  # with figures for `auto`
-        limits = limits_of(config, self.budget)
         self._known_needs = {}  # by model: amounts and their source
-        self._scheduler = Scheduler(limits, self._find_specs())
+        self._scheduler = Scheduler(*self._limits_and_specs())
         self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
         self._methods = {  # which carry decisions out; they return True if that failed
@@ -4441,18 +4410,17 @@ class Pool:
         self._timer_thread = start_thread(self._timer_loop, "timer")
         start_thread(self._measure_loop, "memory")
         start_thread(self._adopt_units, "units").join(ADOPT_TIMEOUT)
-        models = self.config.models.values()
-        wanted = [model for model in models if model.settings.load_on_startup]
-        start_thread(self._load_wanted, "startup", wanted)
+        start_thread(self._load_wanted, "startup", True)
 
-    def _load_wanted(self, models):
-        """Load these models and those of keep-loaded. Estimates may take seconds."""
+    def _load_wanted(self, is_start):
+        """Load the models of keep-loaded, and of load-on-startup first if it is time
+        for them. Estimates may take seconds."""
+        models = [*self.config.models.values()]
         for model in models:
-            try:
-                self.load(model)
-            except APIError as problem:
-                self._log("error", f"{model.name}: {problem}")
-        for model in list(self.config.models.values()):
+            if is_start and model.settings.load_on_startup:
+                with contextlib.suppress(APIError):  # it is logged already
+                    self.load(model)
+        for model in models:
             if model.settings.keep_loaded and not model.problem:
                 self._estimate(model)
         with self._event():
@@ -4591,17 +4559,16 @@ class Pool:
                        if name in before and model.launch != before[name].launch]
             self.config, self.budget = config, budget
             unchanged = config.models.keys() - set(changed)
-            entries = self._entries.items()
-            self._entries = {name: row for name, row in entries if name in unchanged}
+            for name in self._entries.keys() - unchanged:
+                del self._entries[name]
             for name, backend in self._backends.items():
                 model = config.models.get(name, backend.model)
                 if model.launch == backend.model.launch:
                     backend.model = model
-            limits = limits_of(config, budget)
-            self._scheduler.configure(limits, self._find_specs(), changed)
+            self._scheduler.configure(*self._limits_and_specs(), changed)
         self._contexts.configure(config)
         start_thread(self._adopt_units, "units")
-        start_thread(self._load_wanted, "keep-loaded", [])
+        start_thread(self._load_wanted, "keep-loaded", False)
         self.events.publish({"model": "*", "event": "models_reload"})
 
     # -- memory ----------------------------------------------------------------------
@@ -4628,34 +4595,28 @@ class Pool:
             with self._event():
                 self._update_needs()
 
-    def _find_specs(self):
-        """Return the specs of all models, with the needs known now."""
-        models = self.config.models.values()
-        known = {each.name: self._needs.of(each, self.budget) for each in models}
-        self._known_needs = known
+    def _limits_and_specs(self):
+        """Return what may be loaded together, and the specs of all models, with the
+        needs known now."""
+        models, settings = self.config.models, self.config.settings
+        known = {name: self._needs.of(models[name], self.budget) for name in models}
+        self._known_needs = known if self.budget else {}
         amounts = {name: needs for name, (needs, _) in known.items()}
         needs = counted_needs(self.config, self.budget, amounts)
-        return {
-            name: ModelSpec(
-                needs={**needs[name], **address_of(model)},
-                sleep_needs={**model.settings.sleep_needs, **address_of(model)},
-                is_local=model.kind != "remote",
-                is_pinned=model.is_pinned,
-                is_pinned_once_loaded=model.settings.pin == "loaded",
-                keep_loaded=model.settings.keep_loaded and not model.problem,
-                can_sleep=bool(model.settings.sleep),
-                concurrency=model.settings.concurrency,
-                idle_timeout=model.settings.idle_timeout,
-                stop_timeout=model.settings.stop_timeout,
-                problem=model.problem and ModelMisconfigured(model.problem),
-            )
-            for name, model in self.config.models.items() if model.backends == (name,)
+        specs = {
+            name: spec_of(model, needs[name])
+            for name, model in models.items() if model.backends == (name,)
         }
+        addresses = {each: 1 for spec in specs.values() for each in spec.needs}
+        written = {name: getattr(settings, name) for name in Limits()._asdict()}
+        budget = {**addresses, **self.budget}
+        return Limits(**{**written, "budget": budget}), specs
 
     def _update_needs(self):
         """Tell the Scheduler the needs that are measured or estimated, as known now.
         The lock is held."""
-        for name, spec in self._find_specs().items():
+        _, specs = self._limits_and_specs()
+        for name, spec in specs.items():
             if self.config.models[name].has_auto_needs:
                 self._scheduler.learn(name, spec.needs)
 
@@ -4706,21 +4667,6 @@ class Pool:
         was_squeezed = run.had_neighbours or is_too_large
         self._needs.learn(model, run.peak, was_squeezed, is_over)
 
-    def _raise_needs(self, name, victim):
-        """Raise the needs of a model that ran out of memory beside `victim`, until both
-        no longer fit together. The lock is held."""
-        held = self._scheduler.held.items()
-        needs = {each: scheduled.usage().needs for each, scheduled in held}
-        freed = needs.pop(victim)
-        least = {
-            each: size - sum(other.get(each, 0) for other in needs.values())
-            for each, size in self.budget.items()
-            if freed.get(each)
-        }
-        model = self.config.models.get(name)
-        if model and model.has_auto_needs:
-            self._needs.raise_to(model, least)
-
     # -- status ----------------------------------------------------------------------
 
     def backend_of(self, model: Model, *states: State):
@@ -4761,12 +4707,8 @@ class Pool:
         name, state, changed_at = scheduled.name, scheduled.state, scheduled.changed_at
         backend = self._backends.get(name)
         unload_at = scheduled.unload_at() if state is State.LOADED else math.inf
-        owner = self.config.models.get(name)
-        needs, source, holds = {}, None, {}
-        if self.budget and owner and owner.kind != "remote":
-            needs, source = self._known_needs[name]
-            usage = scheduled.usage().needs if scheduled.is_held else {}
-            holds = {each: usage[each] for each in self.budget if each in usage}
+        needs, source = self._known_needs.get(name, ({}, None))
+        usage = scheduled.usage().needs if scheduled.is_held else {}
         return ModelStatus(
             id=model.name,
             aliases=model.aliases,
@@ -4791,7 +4733,7 @@ class Pool:
             entry=self._entries.get(name, {}),
             needs=needs,
             needs_source=source,
-            holds=holds,
+            holds={each: usage[each] for each in self.budget if each in usage},
         )
 
     def output_of(self, name: str) -> Broadcast:
@@ -5040,9 +4982,14 @@ class Pool:
         victim = self._scheduler.exited(name, run, self._clock(), problem)
         if victim is not None:
             self._log("info", f"{name}: loading again once {victim} is unloaded")
-            self._raise_needs(name, victim)
+            model = self.config.models.get(name)
+            if model and model.has_auto_needs:  # more than fits beside the victim
+                freed = self._scheduler.models[victim].usage().needs
+                left = self._scheduler.left_beside(victim)
+                least = {each: left[each] for each in self.budget if freed.get(each)}
+                self._needs.raise_to(model, least)
         self._update_needs()
-        self._publish(name, "unloaded", exit_code=exit_code_of(problem))
+        self._publish(name, "unloaded", exit_code=problem.exit_code if problem else 0)
 
     def _log_end(self, name, now, state):
         """Log that the model is asleep or unloaded; for `debug` if that was quick."""
@@ -5103,13 +5050,6 @@ def percent(progress: Optional[float]) -> str:
     return "" if progress is None else f", {100 * progress:.0f} %"
 
 
-def exit_code_of(problem: Optional[APIError]) -> int:
-    """Return the exit code as llama.cpp's router reports it: 0 without a problem, 1 if
-    the process did not exit by itself."""
-    code = getattr(problem, "exit_code", None)
-    return int(problem is not None) if code is None else code
-
-
 def _await_item(items, disconnected):
     """Return the item of the queue, or raise it if it is an exception, or
     ClientDisconnected once disconnected() is true. Any number of threads may wait."""
@@ -5126,19 +5066,25 @@ def _await_item(items, disconnected):
     return item
 
 
-def address_of(model: Model) -> Dict[str, int]:
-    """Return a unit's address as a resource of which there is one, so that units with
-    the same address are never loaded together."""
-    is_bound = model.kind == "unit" and not model.problem
-    return {model.url(""): 1} if is_bound else {}
-
-
-def limits_of(config: Config, budget: Mapping[str, int]) -> Limits:
-    """Return the Limits of a configuration, with this budget."""
-    models = config.models.values()
-    addresses = {url: 1 for model in models for url in address_of(model)}
-    written = {name: getattr(config.settings, name) for name in Limits()._asdict()}
-    return Limits(**{**written, "budget": {**budget, **addresses}})
+def spec_of(model: Model, needs: Mapping[str, int]) -> ModelSpec:
+    """Return what scheduling must know of a model with these needs. A unit's address is
+    a resource of which there is one: two units of one address are never together."""
+    settings, problem = model.settings, model.problem
+    is_bound = model.kind == "unit" and not problem
+    address = {model.url(""): 1} if is_bound else {}
+    return ModelSpec(
+        needs={**needs, **address},
+        sleep_needs={**settings.sleep_needs, **address},
+        is_local=model.kind != "remote",
+        is_pinned=model.is_pinned,
+        is_pinned_once_loaded=settings.pin == "loaded",
+        keep_loaded=settings.keep_loaded and not problem,
+        can_sleep=bool(settings.sleep),
+        concurrency=settings.concurrency,
+        idle_timeout=settings.idle_timeout,
+        stop_timeout=settings.stop_timeout,
+        problem=problem and ModelMisconfigured(problem),
+    )
 
 
 def counted_needs(
@@ -5205,7 +5151,7 @@ class StallMonitor:
     """Call it after each POLL_INTERVAL without progress: it calls `on_tick()` and, once
     `seconds` have passed, `on_stall()`, and raises what that returns, if anything."""
 
-    def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
+    def __init__(self, seconds, on_stall=ClientDisconnected, on_tick=lambda: None):
         self._seconds, self._on_stall, self._on_tick = seconds, on_stall, on_tick
         self.restart()
 
@@ -5353,17 +5299,16 @@ class MessageHead:
             raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
         if not _HEADER_LINES.fullmatch(raw, line_end + 2):
             raise BadRequest("a header line is malformed")
-        lines = raw.decode("latin-1").split("\r\n")[1:-2]
-        if len(lines) > MAX_HEADER_LINES:
-            raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         self.headers, framing = [], []
-        for line in lines:
+        for line in raw.decode("latin-1").split("\r\n")[1:-2]:
             name, _, value = line.partition(":")
             name, value = name.lower(), value.strip("\t ")
             if name in _FRAMING:
                 framing.append(f"{name}: {value}".lower())
             else:
                 self.headers.append((name, value))
+        if len(self.headers) + len(framing) > MAX_HEADER_LINES:
+            raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         self.is_http_10 = self.start["minor"] == b"0"
         counted = _LENGTH.fullmatch("\n".join(framing))
         self.is_chunked = framing == ["transfer-encoding: chunked"]
@@ -5696,8 +5641,7 @@ class ClientResponse:
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
-        disconnected = ClientDisconnected
-        self._stall = StallMonitor(STALL_SECONDS, disconnected, self.check_cancelled)
+        self._stall = StallMonitor(STALL_SECONDS, on_tick=self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -5991,7 +5935,7 @@ def _tunnel(answer, response):
 
 def _copy(source, target):
     """Copy bytes until either connection ends; then shut both down."""
-    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected)
+    monitor = StallMonitor(STALL_SECONDS)
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
@@ -8226,7 +8170,7 @@ def _shown_status(status, details):
         shown["preset"] = _SECRET_LINE.sub(r"\1 = ***", details.preset)
     problem = status.unusable or status.failure
     if problem and status.state == "unloaded":
-        code = exit_code_of(status.failure) if status.failure else 1
+        code = status.failure.exit_code if status.failure else 1
         shown.update(failed=True, exit_code=code, error=str(problem))
     return shown
 
@@ -8851,7 +8795,7 @@ class FileWatch:
         with self._lock:
             if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no thread can be started
+                with contextlib.suppress(RuntimeError):  # no more threads can start
                     self._look = start_thread(self._find_change, "watch", on_change)
         if self._look.is_alive():
             self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
