@@ -1971,14 +1971,13 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-        before = -1
-        while before < (count := len(self._decisions) + self._drain_count):
-            before = count  # a decision or a drain may make others possible
-            self._next_deadline = math.inf
-            if self._queue:
-                self._serve_queue(now)
-            self._stop_models(now)
-            self._start_keep_loaded(now)
+        steps = self._serve_queue, self._stop_models, self._start_keep_loaded
+        done = 0  # of the steps; a decision or a drain may make others possible
+        while done < len(steps):
+            before = len(self._decisions) + self._drain_count
+            steps[done](now)
+            is_same = len(self._decisions) + self._drain_count == before
+            done = done + 1 if is_same else 0
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
 
@@ -1987,6 +1986,9 @@ class Scheduler:
 
     def _serve_queue(self, now):
         """Walk the queue once."""
+        self._next_deadline = math.inf
+        if not self._queue:
+            return
         self._stopping = {
             model: -math.inf for model in self.held.values()
             if model.state is State.UNLOADING or model.is_stopping_soon
