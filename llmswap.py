@@ -1721,7 +1721,7 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
-        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
+        self._keep_loaded = [name for name, spec in specs.items() if spec.keep_loaded]
         self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
@@ -1929,7 +1929,7 @@ class Scheduler:
         stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
+        self._keep_loaded = [name for name, spec in specs.items() if spec.keep_loaded]
         for name in self.models.keys() - specs.keys():
             problem = ModelNotFound(f"{name!r} is no longer in the configuration")
             specs = {**specs, name: ModelSpec(problem=problem)}
@@ -2180,7 +2180,7 @@ class Scheduler:
         that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self.is_keep_loaded_paused:
             return
-        for model in map(self.models.get, self._kept):
+        for model in map(self.models.get, self._keep_loaded):
             is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
