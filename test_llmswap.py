@@ -7497,6 +7497,7 @@ def test_a_snapshot_comes_at_each_change_but_four_times_a_second_at_most():
         server.post(CHAT, {"model": "b", "tokens": 20})
         models = until(snapshots, lambda models: models["b"]["tokens_per_second"])
         assert models["a"]["stopped"] == "evicted for b"
+        eventually(lambda: "a: unloading (evicted for b)\n" in server.log())
         server.post(CHAT, {"model": "bad"})
         models = until(snapshots, lambda models: models["bad"]["failure"])
         assert "exited with status 3" in models["bad"]["failure"]
@@ -8924,6 +8925,8 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
         assert needs_of_small(8) == pytest.approx(10)
         unload(server, "small")
         eventually(lambda: entry_of(server, "small")["needs"]["vram"] < 9 * GB)
+        saved = tmp_path / "state/needs.json"
+        eventually(lambda: f'"vram": {int(8 * GB * 1.05)}' in saved.read_text())
 
 
 SHORT_FILE = """\
