@@ -1721,12 +1721,13 @@ class Scheduler:
         self.limits = limits
         self.models = {name: ModelState(name, spec) for name, spec in specs.items()}
         self.held = {}  # name -> ModelState, those that are not unloaded
-        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
+        self._keep_loaded = [name for name, spec in specs.items() if spec.keep_loaded]
         self.is_keep_loaded_paused = False  # until the next request
         self._queue = {}  # number -> Ticket, oldest first
         self._numbers = itertools.count(1)
         self._runs = itertools.count(1)  # unique over all models
         self._decisions = []  # since the last decide(); events refuse tickets, too
+        self._drain_count = 0  # how often a model began to drain for a ticket
         self._next_deadline = math.inf
         self._stopping = {}  # of one walk of the queue: ModelState -> when it stops
         self._pinned = []  # of one walk: ModelStates that nothing may evict
@@ -1765,13 +1766,12 @@ class Scheduler:
     def choose(self, names: Sequence[str]) -> ModelState:
         """Return the model that can serve a request soonest, the first if none is
         loaded."""
-        models = [self.models[name] for name in names]
         for state in SOONEST_FIRST:
-            for model in models:
+            for model in map(self.models.get, names):
                 is_leaving = model.is_stopping_soon or model.drains_for
                 if model.state is state and not is_leaving:
                     return model
-        return models[0]
+        return self.models[names[0]]
 
     def keep_alive(self, name: str, seconds: float):
         """Set the idle timeout of a model until it unloads; below 0: never unload."""
@@ -1929,7 +1929,7 @@ class Scheduler:
         stop; their tickets, also later ones, are refused. No lease is cut.
         """
         self.limits = limits
-        self._kept = [name for name, spec in specs.items() if spec.keep_loaded]
+        self._keep_loaded = [name for name, spec in specs.items() if spec.keep_loaded]
         for name in self.models.keys() - specs.keys():
             problem = ModelNotFound(f"{name!r} is no longer in the configuration")
             specs = {**specs, name: ModelSpec(problem=problem)}
@@ -1971,26 +1971,24 @@ class Scheduler:
 
     def decide(self, now: float) -> Tuple[List[NamedTuple], float]:
         """Return the decisions, to be carried out in order, and the next deadline."""
-        before, counts = None, self._count_changes()
-        while counts != before:  # a decision may make others possible
-            self._next_deadline = math.inf
-            if self._queue:
-                self._serve_queue(now)
-            self._stop_models(now)
-            self._start_keep_loaded(now)
-            before, counts = counts, self._count_changes()
+        steps = self._serve_queue, self._stop_models, self._start_keep_loaded
+        done = 0  # of the steps; a decision or a drain may make others possible
+        while done < len(steps):
+            before = len(self._decisions) + self._drain_count
+            steps[done](now)
+            is_same = len(self._decisions) + self._drain_count == before
+            done = done + 1 if is_same else 0
         decisions, self._decisions = self._decisions, []
         return decisions, self._next_deadline
-
-    def _count_changes(self):
-        draining = [model for model in self.held.values() if model.drains_for]
-        return len(self._decisions), len(draining)
 
     def _look_again_at(self, moment):
         self._next_deadline = min(self._next_deadline, moment)
 
     def _serve_queue(self, now):
         """Walk the queue once."""
+        self._next_deadline = math.inf
+        if not self._queue:
+            return
         self._stopping = {
             model: -math.inf for model in self.held.values()
             if model.state is State.UNLOADING or model.is_stopping_soon
@@ -2109,6 +2107,7 @@ class Scheduler:
             return False
         if victim not in self._stopping and self._is_evictable(victim):
             victim.drains_for = ticket
+            self._drain_count += 1
             self._stopping[victim] = -math.inf
         return victim in self._stopping
 
@@ -2154,6 +2153,7 @@ class Scheduler:
             return
         for victim in victims:
             victim.drains_for = ticket
+            self._drain_count += 1
 
     def _is_evictable(self, model):
         if model.is_pinned or not model.needs_room:
@@ -2180,7 +2180,7 @@ class Scheduler:
         that needs the room stops such a load at once."""
         if self._queue or self._closing_error or self.is_keep_loaded_paused:
             return
-        for model in map(self.models.get, self._kept):
+        for model in map(self.models.get, self._keep_loaded):
             is_wanted = model.spec.keep_loaded and not model.is_released
             # one that fell asleep by itself wakes by itself
             is_missing = model.is_down and (model.spec.can_sleep or not model.is_held)
@@ -4399,12 +4399,12 @@ class Pool:
         self._scheduler = Scheduler(*self._limits_and_specs())
         self._preparations = {}  # by model, of a look before its start: its outcome
         self._runs = {}  # by backend
-        self._methods = {
+        self._methods = {  # which carry decisions out; they return True if that failed
             Grant: self._grant,
             Refuse: self._refuse,
             Start: self._start,
             Stop: self._stop,
-        }  # which carry decisions out; True if that failed
+        }
         self._has_loaded = threading.Event()  # since the last measurement
         self._is_closed = False
         self._last_request_at = clock()
@@ -4451,19 +4451,15 @@ class Pool:
     # -- requests --------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lease(
-        self, model: Model, disconnected: Callable, preemptible=False, load_refusal=None
-    ):
-        """Yield a ready backend of the model; load it if need be, or raise the refusal
-        to do so. It is not evicted before the block ends, unless the lease is
-        preemptible.
+    def lease(self, model: Model, disconnected: Callable, **kind):
+        """Yield a ready backend of the model; load it if need be. It is not evicted
+        before the block ends, unless the lease is preemptible: for `kind` see Ticket.
 
         Raise an APIError if there is none, or ClientDisconnected once `disconnected()`
         is true, which is called every POLL_INTERVAL.
         """
         while True:
             self._check_start(model, disconnected)
-            kind = {"preemptible": preemptible, "load_refusal": load_refusal}
             ticket = self._submit(model, **kind)
             try:
                 backend = _await_item(ticket.waiter, disconnected)
@@ -5068,14 +5064,14 @@ def _await_item(items, disconnected):
     while True:
         try:
             item = items.get(timeout=POLL_INTERVAL)
+            break
         except queue.Empty:
             if disconnected():
                 raise ClientDisconnected from None
-            continue
-        items.put(item)
-        if isinstance(item, Exception):
-            raise item.with_traceback(None)  # other threads raise the same one
-        return item
+    items.put(item)
+    if isinstance(item, Exception):
+        raise item.with_traceback(None)  # other threads raise the same one
+    return item
 
 
 def spec_of(model: Model, needs: Mapping[str, int]) -> ModelSpec:
@@ -5163,7 +5159,7 @@ class StallMonitor:
     """Call it after each POLL_INTERVAL without progress: it calls `on_tick()` and, once
     `seconds` have passed, `on_stall()`, and raises what that returns, if anything."""
 
-    def __init__(self, seconds: float, on_stall, on_tick=lambda: None):
+    def __init__(self, seconds, on_stall=ClientDisconnected, on_tick=lambda: None):
         self._seconds, self._on_stall, self._on_tick = seconds, on_stall, on_tick
         self.restart()
 
@@ -5175,8 +5171,7 @@ class StallMonitor:
         self._on_tick()
         if time.monotonic() > self._end:
             self.restart()
-            problem = self._on_stall()
-            if problem:
+            if problem := self._on_stall():
                 raise problem
 
 
@@ -5312,17 +5307,16 @@ class MessageHead:
             raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
         if not _HEADER_LINES.fullmatch(raw, line_end + 2):
             raise BadRequest("a header line is malformed")
-        lines = raw.decode("latin-1").split("\r\n")[1:-2]
-        if len(lines) > MAX_HEADER_LINES:
-            raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         self.headers, framing = [], []
-        for line in lines:
+        for line in raw.decode("latin-1").split("\r\n")[1:-2]:
             name, _, value = line.partition(":")
             name, value = name.lower(), value.strip("\t ")
             if name in _FRAMING:
                 framing.append(f"{name}: {value}".lower())
             else:
                 self.headers.append((name, value))
+        if len(self.headers) + len(framing) > MAX_HEADER_LINES:
+            raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
         self.is_http_10 = self.start["minor"] == b"0"
         counted = _LENGTH.fullmatch("\n".join(framing))
         self.is_chunked = framing == ["transfer-encoding: chunked"]
@@ -5535,7 +5529,9 @@ class Body:
 
     def _next_piece(self):
         """Return the next bytes of the payload, b"" at its end."""
-        self._reader.on_timeout = StallMonitor(STALL_SECONDS, _stalled, self.on_tick)
+        text = f"the body stalled for {STALL_SECONDS:g} s"
+        stalled = functools.partial(RequestTimeout, text)
+        self._reader.on_timeout = StallMonitor(STALL_SECONDS, stalled, self.on_tick)
         try:
             if self._expects:
                 self._expects = False
@@ -5547,10 +5543,6 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
-
-
-def _stalled():
-    return RequestTimeout(f"the body stalled for {STALL_SECONDS:g} s")
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -5657,8 +5649,7 @@ class ClientResponse:
         self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
-        disconnected = ClientDisconnected
-        self._stall = StallMonitor(STALL_SECONDS, disconnected, self.check_cancelled)
+        self._stall = StallMonitor(STALL_SECONDS, on_tick=self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
@@ -5952,7 +5943,7 @@ def _tunnel(answer, response):
 
 def _copy(source, target):
     """Copy bytes until either connection ends; then shut both down."""
-    monitor = StallMonitor(STALL_SECONDS, ClientDisconnected)
+    monitor = StallMonitor(STALL_SECONDS)
     with contextlib.suppress(ClientDisconnected, OSError):
         while piece := source.recv():
             send_all(target.sock, piece, monitor)
@@ -6462,20 +6453,15 @@ class Usage(NamedTuple):
     prompt_speed: Optional[float] = None  # of those in, per second
 
 
-_USAGE_FIELDS = {  # fields of Usage by names in answers, of which the last counts
-    "prompt_n": "tokens_in",
-    "tokens_evaluated": "tokens_in",
-    "input_tokens": "tokens_in",
-    "prompt_tokens": "tokens_in",
-    "predicted_n": "tokens_out",
-    "tokens_predicted": "tokens_out",
-    "output_tokens": "tokens_out",
-    "completion_tokens": "tokens_out",
-    "predicted_per_second": "tokens_per_second",
-    "cache_n": "tokens_cached",
-    "cache_read_input_tokens": "tokens_cached",
-    "cached_tokens": "tokens_cached",
-    "prompt_per_second": "prompt_speed",
+_USAGE_NAMES = {  # by fields of Usage; of several in an answer the last counts
+    "tokens_in": "prompt_n tokens_evaluated input_tokens prompt_tokens",
+    "tokens_out": "predicted_n tokens_predicted output_tokens completion_tokens",
+    "tokens_per_second": "predicted_per_second",
+    "tokens_cached": "cache_n cache_read_input_tokens cached_tokens",
+    "prompt_speed": "prompt_per_second",
+}
+_USAGE_FIELDS = {
+    name: field for field, names in _USAGE_NAMES.items() for name in names.split()
 }
 # The text that a model writes cannot match: quotes in it are escaped.
 _USAGE = re.compile(
@@ -7500,9 +7486,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self):
         """Read a head, strictly. Raise ClientDisconnected if none comes."""
-        late = f"the head took longer than {HEAD_SECONDS:g} s"
-        timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(late))
-        self.reader.on_timeout = timeout
+        why = f"the head took longer than {HEAD_SECONDS:g} s"
+        self.reader.on_timeout = StallMonitor(HEAD_SECONDS, lambda: RequestTimeout(why))
         raw = b""
         with contextlib.suppress(OSError):
             raw = self.reader.head()
@@ -7974,10 +7959,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body.on_tick = self.response.check_cancelled
         self._edit_body()
         may_repeat = self.body.is_complete and not refusal
-        terms = self.model, self.response.heartbeat, preemptible, refusal
+        terms = self.model, self.response.heartbeat
+        kind = {"preemptible": preemptible, "load_refusal": refusal}
         asked_at = time.monotonic()
         for is_last in (False, True):
-            with self.pool.lease(*terms) as backend:
+            with self.pool.lease(*terms, **kind) as backend:
                 self.waited = time.monotonic() - asked_at
                 if self.row:
                     self.row["waited"] = self.waited
