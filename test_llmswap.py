@@ -9474,15 +9474,11 @@ def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
     path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"anything")
     whole = llmswap.read_gguf(path)
     assert whole["context_length"] == 4096
-    endless = gguf.string_bytes("x") + struct.pack("<IQ", gguf.STRING, 1 << 62)
-    deep = gguf.string_bytes("x") + struct.pack("<IIQ", gguf.ARRAY, gguf.ARRAY, 1 << 60)
-    cut = [head[:size] for size in range(len(head))]
-    for data in cut:
-        path.write_bytes(data)
+    for size in range(len(head)):
+        path.write_bytes(head[:size])
         assert llmswap.read_gguf(path).items() <= whole.items()
-    for data in (b"", b"GGML" + head[4:], head[:24] + endless, head[:24] + deep):
-        path.write_bytes(data)
-        assert llmswap.read_gguf(path) == {}
+    path.write_bytes(b"GGML" + head[4:])
+    assert llmswap.read_gguf(path) == {}
     assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
 
 
