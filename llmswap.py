@@ -3200,8 +3200,8 @@ class ProcessBackend(Backend):
             waiter.register(each, select.POLLIN)
         with process.stdout as output:
             while data and process.returncode is None:
-                is_ready = output.fileno() in dict(waiter.poll())
-                data = output.read(MAX_LINE // 2) if is_ready else b""
+                has_output = output.fileno() in dict(waiter.poll())
+                data = output.read(MAX_LINE // 2) if has_output else b""
                 *lines, partial_line = (partial_line + data).split(b"\n")
                 if len(partial_line) > (MAX_LINE // 2 if data else 0):
                     lines, partial_line = [*lines, partial_line], b""
