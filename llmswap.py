@@ -8929,7 +8929,7 @@ class Application:
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
         if self.pool.config.settings.watch:
-            self._file_watch.check(self._try_reload)
+            self._file_watch.check(self._reload_at_once)
 
     def _reload_loop(self):
         """Reload when asked to by signals, of which the next must not wait for that."""
@@ -8937,9 +8937,15 @@ class Application:
             self._is_reload_asked.clear()
             self._try_reload()
 
-    def _try_reload(self):
+    def _reload_at_once(self):
+        """Reload with the cached models as they were; soon again with a new list."""
+        self._try_reload(lambda _: self.pool.config.cached)
+        if self.pool.config.settings.cache_models:
+            self._is_reload_asked.set()
+
+    def _try_reload(self, list_cached=None):
         try:
-            self.reload()
+            self.reload(list_cached)
         except (APIError, RuntimeError) as problem:  # no more threads can be started
             self.log("error", str(problem))
 
@@ -8954,13 +8960,14 @@ class Application:
             self.log("warning", f"cache-models: {binary} --cache-list shows no model")
         return self.pool.config.cached if cached is None else cached
 
-    def reload(self):
-        """Read the file again and use it. Raise an APIError with the reason if it is
-        broken; then nothing changes."""
+    def reload(self, list_cached: Optional[Callable] = None):
+        """Read the file again and use it, with the cached models as `list_cached` or,
+        without it, the binary lists them. Raise an APIError with the reason if the file
+        is broken; then nothing changes."""
         with self._reload_lock:
             self._file_watch.mark()
             try:
-                config = self._load(list_cached=self._list_cached)
+                config = self._load(list_cached=list_cached or self._list_cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None

@@ -3416,8 +3416,7 @@ def test_listen_needs_a_restart(tmp_path):
     path, place = tmp_path / "m.ini", tmp_path / "socket"
     path.write_text(f"[llmswap]\nlisten = unix:{place}\n")
     command = [*PYTHON, llmswap_file(), str(path)]
-    pipe = dict(stderr=subprocess.PIPE, text=True)
-    with running(command, str(place), **pipe) as process:
+    with running(command, str(place), stderr=subprocess.PIPE, text=True) as process:
         path.write_text(f"[llmswap]\nlisten = 127.0.0.1:{free_port()}\n")
         process.send_signal(signal.SIGHUP)
         assert any("`listen` needs a restart" in line for line in process.stderr)
@@ -3510,9 +3509,7 @@ def test_a_file_is_looked_at_by_requests_only_and_not_if_told_so(tmp_path):
         eventually(lambda: server.chat("b").status == 200)
 
 
-def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
-    tmp_path, monkeypatch
-):
+def test_a_file_on_a_mount_that_hangs_delays_requests_little(tmp_path, monkeypatch):
     watch, hanging, waits = llmswap.FileWatch(str(tmp_path)), threading.Event(), []
     monkeypatch.setattr(watch, "_stamp", hanging.wait)
     monkeypatch.setattr(llmswap, "WATCH_TIMEOUT", 0.2)
@@ -3524,16 +3521,20 @@ def test_a_file_on_a_mount_that_hangs_delays_requests_only_a_little(
     assert waits == [0.0]
 
 
-def test_a_reload_lists_downloads_anew_unless_the_binary_fails(tmp_path):
+def test_a_reload_lists_downloads_unless_the_binary_fails(tmp_path):
     binary = tmp_path / "llama-server"
-    with Llmswap(f"[llmswap]\nllama-server = {binary}\ncache-models = on\n") as server:
+    text = f"[llmswap]\nllama-server = {binary}\ncache-models = on\n"
+    with Llmswap(text, WATCH_EVERY=0.0) as server:
         for script, names in (
             ("echo ' 1. a/b:Q8_0'", ["a/b:Q8_0"]), ("exit 1", ["a/b:Q8_0"]),
-            ("echo 'number of models in cache: 0'", []),
+            ("echo none", []),
         ):  # fmt: skip
             executable(binary, script)
             models = server.get("/v1/models?reload=1").json()["data"]
             assert [model["id"] for model in models] == names
+        executable(binary, "sleep 9")
+        server.write(f"{text}[a]\ncmd = FAKE\n")
+        assert server.chat("a").status == 200
 
 
 @pytest.mark.parametrize("output", [None, "number of models in cache: 0"])
@@ -9465,21 +9466,21 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
 
 
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
-    path = tmp_path / "x.gguf"
+    path = tmp_path / "file"
     fields, _ = gguf.header_fields(64, 2)
-    words = gguf.STRING, ["b", "a tokenizer."]
-    fields.insert(1, gguf.field_bytes("tags", gguf.ARRAY, words))
+    tags = gguf.STRING, ["a tokenizer."]
+    fields.insert(1, gguf.field_bytes("tags", gguf.ARRAY, tags))
     before = b"".join(f for f in fields if b"\0tokenizer" not in f)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + before
-    path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"anything")
+    head = b"GGUF".ljust(24) + before
+    path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"...")
     whole = llmswap.read_gguf(path)
     assert whole["context_length"] == 4096
     for size in range(len(head)):
         path.write_bytes(head[:size])
         assert llmswap.read_gguf(path).items() <= whole.items()
     path.write_bytes(b"GGML" + head[4:])
-    assert llmswap.read_gguf(path) == {}
-    assert llmswap.read_gguf(tmp_path) == llmswap.read_gguf(tmp_path / "none") == {}
+    for each in (path, tmp_path, tmp_path / "none"):
+        assert llmswap.read_gguf(each) == {}
 
 
 def test_a_look_at_files_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
