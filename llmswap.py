@@ -1218,6 +1218,8 @@ class ConfigLoader:
         )
         self._ids = {canonical_name(name): name for name in sorted(self._sections)}
         self._written = llmswap.keys
+        written = map(llmswap.keys.get, ("api-key", "api-key-file"))
+        self._key_places = [each.place for each in written if each and each.text]
         macros = {name: setting.text for name, setting in macros.keys.items()}
         for section in (self._star, llmswap, *self._sections.values()):
             expand_macros(section, macros)
@@ -1281,10 +1283,8 @@ class ConfigLoader:
                 place = self._written["api-key-file"].place
                 raise ConfigError(f"{place}: {error}") from None
             keys += tuple(line for line in lines if line and not line.startswith("#"))
-        for name in ("api-key", "api-key-file"):
-            setting = self._written.get(name)
-            if setting and setting.text and not keys:  # all would be open
-                raise ConfigError(f"{setting.place}: there is no key in it")
+        if self._key_places and not keys:  # all would be open
+            raise ConfigError(f"{self._key_places[0]}: there is no key in it")
         return keys
 
     def _build_models(self, settings):
