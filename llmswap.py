@@ -3713,19 +3713,20 @@ UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
 RUNNING = ("active", "activating", "reloading")
 
 
-def systemctl(unit: str, verb: str, *options: str, **limits):
+def systemctl(unit: str, verb: str, *options: str, **more):
     """Do this to a unit, named as `unit =` names it; see run_command."""
     scope = "--system" if unit.startswith("system:") else "--user"
     words = ["systemctl", scope, "--no-ask-password", verb, *options]
     argv = [*words, "--", unit.removeprefix("system:")]
-    limits = {"timeout": COMMAND_TIMEOUT, **limits}
-    return run_command(argv, stderr=subprocess.STDOUT, **limits)
+    more = {"timeout": COMMAND_TIMEOUT, "stderr": subprocess.STDOUT, **more}
+    return run_command(argv, **more)
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-    states = {unit: systemctl(unit, "is-active", until=gives_up)[1] for unit in units}
+    more = {"until": gives_up, "stderr": subprocess.DEVNULL}  # without warnings
+    states = {unit: systemctl(unit, "is-active", **more)[1] for unit in units}
     return {unit for unit, state in states.items() if state in RUNNING}
 
 

@@ -3590,14 +3590,15 @@ exec tail -n 20 "$STAND_IN/$name.log"
 
 
 class Units:
-    """A folder with stand-ins for systemctl and journalctl, and the units they have."""
+    """Stand-ins for systemctl and journalctl, and the units they have."""
 
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
         file = compiled(CI / "systemctl.py", "systemctl")
-        systemctl = f'exec {sys.executable} -IS {file} "$@"'
-        executable(folder / "systemctl", systemctl)
+        warn = "[ $3 = is-active ] && echo Hm >&2\n"
+        call = f'exec {sys.executable} -IS {file} "$@"'
+        executable(folder / "systemctl", warn + call)
         executable(folder / "journalctl", JOURNALCTL)
 
     def add(self, name, *flags, port):
@@ -3610,7 +3611,7 @@ class Units:
         return done.stdout
 
     def serve(self, *flags, more="", constants={}, **keys):
-        """llmswap with one unit [a] that is a fake server with these flags."""
+        """llmswap with a unit [a], a fake server with these flags."""
         port = free_port()
         self.add("a", *flags, port=port)
         return brisk(unit_ini(("a", port), **keys) + more, env=self.env, **constants)
@@ -3634,7 +3635,7 @@ def units(tmp_path):
 
 
 def unit_ini(*units, head="", manager="", **more):
-    """An INI file of units, each (name, port), with the same further keys."""
+    """An INI file of units, each (name, port), with these keys."""
     text = f"[llmswap]\n{head}\n"
     for name, port in units:
         text += f"[{name}]\nunit = {manager}{name}.service\n"
