@@ -1294,12 +1294,13 @@ class ConfigLoader:
             raise ConfigError(f"{place}: cannot be given for all models")
         if None in settings.budget.values():
             star.keys.setdefault("needs", Setting("needs", "auto", ""))
-        sections = {}  # by name of the model, the weakest first
-        for section in [*self._list_models(settings), *self._model_sections()]:
-            sections.setdefault(section.name, [star]).append(section)
+        empty = Section("", "", {}, {})  # so that `launch` is the same, listed or not
+        sections = {each.name: [star, each] for each in self._list_models(settings)}
+        for section in self._model_sections():
+            sections.setdefault(section.name, [star, empty]).append(section)
         models = [
             ModelBuilder(layers, self._variables, self._warn).build(settings.state_dir)
-            for layers in sections.values()
+            for layers in sections.values()  # the weakest first
         ]
         if models and all(model.kind != "llama-server" for model in models):
             for setting in star.options.values():

@@ -1493,7 +1493,7 @@ def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, mis
         assert config.models["b"].problem in config.models["u"].problem
 
 
-LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
+LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nmodel = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
 
 
 @pytest.mark.parametrize("old, new, is_same", [
@@ -1501,6 +1501,7 @@ LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\
         "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
         "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
     (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
+    (LAUNCHED, "[llmswap]\nmodels-dir = .\n" + LAUNCHED, True),
     *[(LAUNCHED, LAUNCHED + line, False) for line in (
         "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
         "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
@@ -1516,6 +1517,7 @@ LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\
 def test_a_reload_spares_a_backend_unless_its_launch_changes(
     tmp_path, old, new, is_same
 ):
+    (tmp_path / "a.gguf").touch()
     launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
     assert (launches[0] == launches[1]) is is_same
 
@@ -1541,17 +1543,16 @@ def test_every_gguf_in_models_dir_is_a_model(tmp_path, models_dir):
     config = read(tmp_path, "[llmswap]\nmodels-dir = dir\n[*]\nngl = 1\n[top]\nc = 2\n"
                             "[s]\nmodel-draft = other\n[e:q4_0]\ncmd = x ${PORT}")
     argvs = {name: options(model) for name, model in config.models.items()}
+    ngl = ["--n-gpu-layers", "1"]
     assert argvs == {
-        "a.b": ["--model", "dir/a.gguf.b.gguf", "--n-gpu-layers", "1"],
+        "a.b": ["--model", "dir/a.gguf.b.gguf", *ngl],
         "e:q4_0": ["1"],
-        "hidden": ["--model", "dir/hidden/.h.gguf", "--n-gpu-layers", "1"],
-        "q-00001-of-2": ["--model", "dir/q-00001-of-2/b-00001-of-00002.gguf",
-                         "--n-gpu-layers", "1"],
-        "p-00001-of-00002": [
-            "--model", "dir/p-00001-of-00002.gguf", "--n-gpu-layers", "1"],
+        "hidden": ["--model", "dir/hidden/.h.gguf", *ngl],
+        "q-00001-of-2": ["--model", "dir/q-00001-of-2/b-00001-of-00002.gguf", *ngl],
+        "p-00001-of-00002": ["--model", "dir/p-00001-of-00002.gguf", *ngl],
         "s": ["--model-draft", "other", "--model", "dir/s/s-00001-of-00002.gguf",
-              "--mmproj", "dir/s/mmproj-s.gguf", "--n-gpu-layers", "1"],
-        "top": ["--ctx-size", "2", "--model", "dir/top.gguf", "--n-gpu-layers", "1"],
+              "--mmproj", "dir/s/mmproj-s.gguf", *ngl],
+        "top": ["--ctx-size", "2", "--model", "dir/top.gguf", *ngl],
     }
     assert {model.problem for model in config.models.values()} == {None}
 
