@@ -7500,6 +7500,7 @@ def test_a_snapshot_comes_at_each_change_but_four_times_a_second_at_most():
         server.post(CHAT, {"model": "b", "tokens": 20})
         models = until(snapshots, lambda models: models["b"]["tokens_per_second"])
         assert models["a"]["stopped"] == "evicted for b"
+        eventually(lambda: "a: unloading (evicted for b)\n" in server.log())
         server.post(CHAT, {"model": "bad"})
         models = until(snapshots, lambda models: models["bad"]["failure"])
         assert "exited with status 3" in models["bad"]["failure"]
