@@ -3636,7 +3636,7 @@ def units(tmp_path):
 
 
 def unit_ini(*units, head="", manager="", **more):
-    """An INI file of units, each (name, port), with these keys."""
+    """An INI file of units (name, port) with these keys."""
     text = f"[llmswap]\n{head}\n"
     for name, port in units:
         text += f"[{name}]\nunit = {manager}{name}.service\n"
