@@ -3288,7 +3288,7 @@ def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
         streams = [server.stream(name, tokens=40, interval=0.02) for name in names]
         pid = server.stats("kept")["pid"]
         server.reload(text.format("new"))
-        eventually(lambda: "was read again" in server.log())
+        eventually(lambda: "models: kept, changed\n" in server.log())
         waiting = ask_later(server, "changed")
         assert server.chat("gone").status == 404
         assert all("word39" in stream.text() for stream in streams)
