@@ -1218,6 +1218,8 @@ class ConfigLoader:
         )
         self._ids = {canonical_name(name): name for name in sorted(self._sections)}
         self._written = llmswap.keys
+        written = map(llmswap.keys.get, ("api-key", "api-key-file"))
+        self._key_places = [each.place for each in written if each and each.text]
         macros = {name: setting.text for name, setting in macros.keys.items()}
         for section in (self._star, llmswap, *self._sections.values()):
             expand_macros(section, macros)
@@ -1281,10 +1283,8 @@ class ConfigLoader:
                 place = self._written["api-key-file"].place
                 raise ConfigError(f"{place}: {error}") from None
             keys += tuple(line for line in lines if line and not line.startswith("#"))
-        for name in ("api-key", "api-key-file"):
-            setting = self._written.get(name)
-            if setting and setting.text and not keys:  # all would be open
-                raise ConfigError(f"{setting.place}: there is no key in it")
+        if self._key_places and not keys:  # all would be open
+            raise ConfigError(f"{self._key_places[0]}: there is no key in it")
         return keys
 
     def _build_models(self, settings):
@@ -1294,12 +1294,13 @@ class ConfigLoader:
             raise ConfigError(f"{place}: cannot be given for all models")
         if None in settings.budget.values():
             star.keys.setdefault("needs", Setting("needs", "auto", ""))
-        sections = {}  # by name of the model, the weakest first
-        for section in [*self._list_models(settings), *self._model_sections()]:
-            sections.setdefault(section.name, [star]).append(section)
+        empty = Section("", "", {}, {})  # so that `launch` is the same, listed or not
+        sections = {each.name: [star, each] for each in self._list_models(settings)}
+        for section in self._model_sections():
+            sections.setdefault(section.name, [star, empty]).append(section)
         models = [
             ModelBuilder(layers, self._variables, self._warn).build(settings.state_dir)
-            for layers in sections.values()
+            for layers in sections.values()  # the weakest first
         ]
         if models and all(model.kind != "llama-server" for model in models):
             for setting in star.options.values():
@@ -3719,19 +3720,20 @@ UNIT_POLL = 5.0  # s between looks at a unit whose main process is not known
 RUNNING = ("active", "activating", "reloading")
 
 
-def systemctl(unit: str, verb: str, *options: str, **limits):
+def systemctl(unit: str, verb: str, *options: str, **more):
     """Do this to a unit, named as `unit =` names it; see run_command."""
     scope = "--system" if unit.startswith("system:") else "--user"
     words = ["systemctl", scope, "--no-ask-password", verb, *options]
     argv = [*words, "--", unit.removeprefix("system:")]
-    limits = {"timeout": COMMAND_TIMEOUT, **limits}
-    return run_command(argv, stderr=subprocess.STDOUT, **limits)
+    more = {"timeout": COMMAND_TIMEOUT, "stderr": subprocess.STDOUT, **more}
+    return run_command(argv, **more)
 
 
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-    states = {unit: systemctl(unit, "is-active", until=gives_up)[1] for unit in units}
+    more = {"until": gives_up, "stderr": subprocess.DEVNULL}  # without warnings
+    states = {unit: systemctl(unit, "is-active", **more)[1] for unit in units}
     return {unit for unit, state in states.items() if state in RUNNING}
 
 

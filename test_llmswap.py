@@ -1003,9 +1003,9 @@ def test_sections_are_read(text, sections):
     ("[a]\njinja\n", "2: "), ("[a] junk\n", "1: "), ("\n\n[]\n", "3: "),
     ("[ ]\n", "1: "), ("[a]\n9 = 1\n", "2: "), ("[a]\r\n\r\n= 1", "3: "),
     ("[a\n", "1: "), ("[a]\nc d = 1", "2: "), ("[a]\n---c = 1", "2: "),
-    (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], key = value nor a comment"),
+    (b"[a]\nc = \xff", "2: 'c = \\udcff' is neither [section], "),
     ("[a]\nc = 1".encode("utf-16-le"), "1: "),
-    *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given for all models")
+    *[(f"[*]\n{key} = x", f"2: [*] {key}: cannot be given")
       for key in ("cmd", "unit", "proxy", "uses", "alias", "a")],
     *[(f"[llmswap]\n{line}", f"2: [llmswap] {message}") for line, message in (
         ("models-max = many", "models-max: 'many' is not a whole number"),
@@ -1014,11 +1014,12 @@ def test_sections_are_read(text, sections):
         ("idle-timeout = 5", "idle-timeout: belongs to a model, or in [*]"),
         ("patience = ${env.NONE}", "patience: ${env.NONE} is unknown here"),
         ("patience = ${NONE}", "patience: ${NONE} is unknown here"),
-        ("api-key = ${env.EMPTY}", "api-key: there is no key in it"),
-        ("api-key-file = /dev/null", "api-key-file: there is no key in it"),
+        ("api-key = ${env.EMPTY}", "api-key: there is no key"),
+        ("api-key = ${k}\n[macros]\nk =", "api-key: there is no key"),
+        ("api-key-file = /dev/null", "api-key-file: there is no key"),
         ("cors-origins = a.example", "cors-origins: 'a.example' is not localhost, *"),
         ("allowed-hosts = a:8080", "allowed-hosts: 'a:8080' is not a host name"),
-        ("sets = a + nobody\n[a]\nm = x", "sets: there is no model 'nobody'"),
+        ("sets = nobody", "sets: there is no model"),
         ("sets = a +\n[a]\nm = x", "sets: there is no model ''"),
         ("default-model = nobody", "default-model: there is no model 'nobody'"),
         ("api-key-file = /nowhere/keys", "api-key-file: [Errno 2]"),
@@ -1492,7 +1493,7 @@ def test_a_model_must_fit_beside_all_that_are_pinned(tmp_path, limits, a, b, mis
         assert config.models["b"].problem in config.models["u"].problem
 
 
-LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
+LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nmodel = x\nc = 2\nidle-timeout = 5\nenv.A = 1\n"
 
 
 @pytest.mark.parametrize("old, new, is_same", [
@@ -1500,6 +1501,7 @@ LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\
         "alias = b", "idle-timeout = 9", "set-params = {\"a\": 1}", "pin = on",
         "description = ${MODEL_ID}", "proxy-key = x", "cmd-stop = x ${PID}")],
     (LAUNCHED, "\n\n" + LAUNCHED.replace("c = 7", "c = 8"), True),
+    (LAUNCHED, "[llmswap]\nmodels-dir = .\n" + LAUNCHED, True),
     *[(LAUNCHED, LAUNCHED + line, False) for line in (
         "c = 3", "env.A = 2", "extra-args = -x", "cwd = /", "keep = 1",
         "llama-server = /x", "oom-score-adj = 0", "env.B = 1")],
@@ -1515,6 +1517,7 @@ LAUNCHED = "[*]\nngl = 1\nc = 7\n[a]\nm = x\nc = 2\nidle-timeout = 5\nenv.A = 1\
 def test_a_reload_spares_a_backend_unless_its_launch_changes(
     tmp_path, old, new, is_same
 ):
+    (tmp_path / "a.gguf").touch()
     launches = [read(tmp_path, text).models["a"].launch for text in (old, new)]
     assert (launches[0] == launches[1]) is is_same
 
@@ -1540,17 +1543,16 @@ def test_every_gguf_in_models_dir_is_a_model(tmp_path, models_dir):
     config = read(tmp_path, "[llmswap]\nmodels-dir = dir\n[*]\nngl = 1\n[top]\nc = 2\n"
                             "[s]\nmodel-draft = other\n[e:q4_0]\ncmd = x ${PORT}")
     argvs = {name: options(model) for name, model in config.models.items()}
+    ngl = ["--n-gpu-layers", "1"]
     assert argvs == {
-        "a.b": ["--model", "dir/a.gguf.b.gguf", "--n-gpu-layers", "1"],
+        "a.b": ["--model", "dir/a.gguf.b.gguf", *ngl],
         "e:q4_0": ["1"],
-        "hidden": ["--model", "dir/hidden/.h.gguf", "--n-gpu-layers", "1"],
-        "q-00001-of-2": ["--model", "dir/q-00001-of-2/b-00001-of-00002.gguf",
-                         "--n-gpu-layers", "1"],
-        "p-00001-of-00002": [
-            "--model", "dir/p-00001-of-00002.gguf", "--n-gpu-layers", "1"],
+        "hidden": ["--model", "dir/hidden/.h.gguf", *ngl],
+        "q-00001-of-2": ["--model", "dir/q-00001-of-2/b-00001-of-00002.gguf", *ngl],
+        "p-00001-of-00002": ["--model", "dir/p-00001-of-00002.gguf", *ngl],
         "s": ["--model-draft", "other", "--model", "dir/s/s-00001-of-00002.gguf",
-              "--mmproj", "dir/s/mmproj-s.gguf", "--n-gpu-layers", "1"],
-        "top": ["--ctx-size", "2", "--model", "dir/top.gguf", "--n-gpu-layers", "1"],
+              "--mmproj", "dir/s/mmproj-s.gguf", *ngl],
+        "top": ["--ctx-size", "2", "--model", "dir/top.gguf", *ngl],
     }
     assert {model.problem for model in config.models.values()} == {None}
 
@@ -3288,7 +3290,7 @@ def test_a_reload_keeps_streams_replaces_changed_and_removes_missing_models():
         streams = [server.stream(name, tokens=40, interval=0.02) for name in names]
         pid = server.stats("kept")["pid"]
         server.reload(text.format("new"))
-        eventually(lambda: "was read again" in server.log())
+        eventually(lambda: "models: kept, changed\n" in server.log())
         waiting = ask_later(server, "changed")
         assert server.chat("gone").status == 404
         assert all("word39" in stream.text() for stream in streams)
@@ -3589,14 +3591,15 @@ exec tail -n 20 "$STAND_IN/$name.log"
 
 
 class Units:
-    """A folder with stand-ins for systemctl and journalctl, and the units they have."""
+    """Stand-ins for systemctl and journalctl, and the units they have."""
 
     def __init__(self, folder):
         self.folder = folder
         self.env = {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_IN": str(folder)}
         file = compiled(CI / "systemctl.py", "systemctl")
-        systemctl = f'exec {sys.executable} -IS {file} "$@"'
-        executable(folder / "systemctl", systemctl)
+        warn = "[ $3 = is-active ] && echo Hm >&2\n"
+        call = f'exec {sys.executable} -IS {file} "$@"'
+        executable(folder / "systemctl", warn + call)
         executable(folder / "journalctl", JOURNALCTL)
 
     def add(self, name, *flags, port):
@@ -3609,7 +3612,7 @@ class Units:
         return done.stdout
 
     def serve(self, *flags, more="", constants={}, **keys):
-        """llmswap with one unit [a] that is a fake server with these flags."""
+        """llmswap with a unit [a], a fake server with these flags."""
         port = free_port()
         self.add("a", *flags, port=port)
         return brisk(unit_ini(("a", port), **keys) + more, env=self.env, **constants)
@@ -3633,7 +3636,7 @@ def units(tmp_path):
 
 
 def unit_ini(*units, head="", manager="", **more):
-    """An INI file of units, each (name, port), with the same further keys."""
+    """An INI file of units (name, port) with these keys."""
     text = f"[llmswap]\n{head}\n"
     for name, port in units:
         text += f"[{name}]\nunit = {manager}{name}.service\n"
