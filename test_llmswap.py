@@ -3535,7 +3535,7 @@ def test_a_reload_lists_downloads_unless_the_binary_fails(tmp_path):
             models = server.get("/v1/models?reload=1").json()["data"]
             assert [model["id"] for model in models] == names
         executable(binary, "sleep 9")
-        server.write(f"{text}[a]\ncmd = FAKE\n")
+        server.write(f"{text}[a]\ncmd = FAKE")
         assert server.chat("a").status == 200
 
 
@@ -9469,13 +9469,13 @@ def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
 
 
 def test_a_gguf_header_is_read_up_to_its_tokenizer(tmp_path):
-    path = tmp_path / "file"
+    path = tmp_path / "f"
     fields, _ = gguf.header_fields(64, 2)
     tags = gguf.STRING, ["a tokenizer."]
     fields.insert(1, gguf.field_bytes("tags", gguf.ARRAY, tags))
     before = b"".join(f for f in fields if b"\0tokenizer" not in f)
     head = b"GGUF".ljust(24) + before
-    path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens") + b"...")
+    path.write_bytes(head + gguf.string_bytes("tokenizer.ggml.tokens"))
     whole = llmswap.read_gguf(path)
     assert whole["context_length"] == 4096
     for size in range(len(head)):
