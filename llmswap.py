@@ -2302,7 +2302,7 @@ def _listeners(family, port):
     query = struct.pack(
         "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
         socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
-    )  # fmt: skip
+    )
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(1.0)
         kernel.send(query)
@@ -3659,7 +3659,7 @@ _GPU_QUERIES = (  # question; command; the numbers in a row of its answer; their
     ("sizes", "rocm-smi --showmeminfo vram --csv", r"^card\d+,(\d+),(\d+)", (1, 1)),
     ("use", f"nvidia-smi --query-gpu=utilization.gpu {_CSV}", r"^\s*(\d+)\s*$", (1,)),
     ("use", "rocm-smi --showuse --csv", r"^card\d+,\s*(\d+)", (1,)),
-)  # fmt: skip
+)
 
 
 def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
@@ -6538,7 +6538,7 @@ METRICS = (
     ("histogram", "durations", "request_duration_seconds", "Time of whole requests."),
     ("histogram", "waits", "request_wait_seconds", "Time waiting for the model."),
     ("histogram", "loads", "load_duration_seconds", "Time until a model is ready."),
-)  # fmt: skip
+)
 
 
 def metrics_text(
@@ -7537,7 +7537,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             bytes_in=self.body.received if self.body else 0,
             bytes_out=response.sent,
             **amounts,
-        )  # fmt: skip
+        )
 
     def _new_row(self):
         head, is_tcp = self.head, isinstance(self.client_address, tuple)
@@ -8864,9 +8864,10 @@ class Application:
         start_thread(self._idle_command_loop, "idle")
         self._notifier.notify("READY=1")
         start_thread(self._notifier.watch, "systemd", self.server)
-        if config.settings.cache_models and not config.cached:
-            self._is_reload_asked.set()  # it may not have answered in time
         start_thread(self._reload_loop, "reload")
+        self._cached = config.cached
+        if not self._cached:  # it may not have answered in time
+            start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_shutdown())
 
     def _next_signal(self, timeout: float) -> Optional[int]:
@@ -8931,7 +8932,7 @@ class Application:
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
         if self.pool.config.settings.watch:
-            self._file_watch.check(self._reload_at_once)
+            self._file_watch.check(self._try_reload)
 
     def _reload_loop(self):
         """Reload when asked to by signals, of which the next must not wait for that."""
@@ -8939,15 +8940,9 @@ class Application:
             self._is_reload_asked.clear()
             self._try_reload()
 
-    def _reload_at_once(self):
-        """Reload with the cached models as they were; soon again with a new list."""
-        self._try_reload(lambda _: self.pool.config.cached)
-        if self.pool.config.settings.cache_models:
-            self._is_reload_asked.set()
-
-    def _try_reload(self, list_cached=None):
+    def _try_reload(self):
         try:
-            self.reload(list_cached)
+            self.reload()
         except (APIError, RuntimeError) as problem:  # no more threads can be started
             self.log("error", str(problem))
 
@@ -8955,21 +8950,25 @@ class Application:
         is_verbose = self._args.verbose
         self.log.set_level("debug" if is_verbose else config.settings.log_level)
 
-    def _list_cached(self, binary):
-        """Return the models in llama.cpp's cache; as before, if the binary fails."""
-        cached = cached_models(binary)
-        if not cached:
-            self.log("warning", f"cache-models: {binary} --cache-list shows no model")
-        return self.pool.config.cached if cached is None else cached
+    def _refresh_cached_models(self):
+        """List the models in llama.cpp's cache, and reload if they have changed."""
+        settings = self.pool.config.settings
+        if settings.cache_models:
+            cached = cached_models(settings.llama_server)
+            if not cached:
+                command = f"{settings.llama_server} --cache-list"
+                self.log("warning", f"cache-models: {command} shows no model")
+            if cached is not None and [*cached] != [*self._cached]:
+                self._cached = cached
+                self._try_reload()
 
-    def reload(self, list_cached: Optional[Callable] = None):
-        """Read the file again and use it, with the cached models as `list_cached` or,
-        without it, the binary lists them. Raise an APIError with the reason if the file
-        is broken; then nothing changes."""
+    def reload(self):
+        """Read the file again and use it. Raise an APIError with the reason if it is
+        broken; then nothing changes."""
         with self._reload_lock:
             self._file_watch.mark()
             try:
-                config = self._load(list_cached=list_cached or self._list_cached)
+                config = self._load(list_cached=lambda _: self._cached)
             except ConfigError as error:
                 self.config_error = f"not reloaded: {error}"
                 raise APIError(self.config_error) from None
@@ -8980,6 +8979,7 @@ class Application:
             self.pool.reload(config)
             start_thread(self._log_models, "models", config)
             self._is_reloaded.set()
+            start_thread(self._refresh_cached_models, "cache")
             self.log("info", f"{self._args.file or 'the cache'} was read again")
 
     def _until_idle_exit(self):

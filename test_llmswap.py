@@ -453,7 +453,7 @@ class Fake:
         self.process = subprocess.Popen(
             self._command, env=self._env, stdout=null, stderr=null,
             start_new_session=True,
-        )  # fmt: skip
+        )
         self.pid = self.process.pid
 
     def off(self):
@@ -681,7 +681,7 @@ def test_sections_stand_in_their_order_and_know_only_what_they_may():
     below = {  # functions and classes; other nodes have no name
         getattr(node, "name", None)
         for nodes in sections.values() for node in nodes
-    }  # fmt: skip
+    }
     for section, nodes in sections.items():
         below -= {getattr(node, "name", None) for node in nodes}
         used = {name for node in nodes for name in names_from_outside(node)}
@@ -1354,7 +1354,7 @@ def test_options_become_words_as_the_router_has_them(tmp_path, words, lines):
     ("cd /x; s $HOME", ["cd", "/x;", "s", "$HOME"], "/x; $HOME"),
     ("s --json '{\"a\": 1}' --re .*=CPU a&b",
      ["s", "--json", '{"a": 1}', "--re", ".*=CPU", "a&b"], ""),
-])  # fmt: skip
+])
 def test_habits_of_a_shell_work_or_are_warned_of(
     tmp_path, monkeypatch, text, argv, words
 ):
@@ -1460,7 +1460,7 @@ def test_the_cache_is_listed_by_the_llama_server_of_all_models(tmp_path):
     ("codr", "there is no model 'codr'; did you mean coder? there are a, coder"),
     ("gpt-4-mini",
      "there is no model 'gpt-4-mini'; did you mean gpt-4o-mini? there are a, coder"),
-])  # fmt: skip
+])
 def test_an_unknown_name_is_answered_with_near_ones(tmp_path, name, message):
     text = "[a]\nm=x\nalias = gpt-4o-mini\n[coder]\nm=x\n[zzy]\nm=x\nunlisted = on"
     with pytest.raises(ModelNotFound, match=f"^{re.escape(message)}$"):
@@ -1601,7 +1601,7 @@ def test_models_dir_is_read_as_the_router_reads_it(tmp_path, models_dir):
 @pytest.mark.parametrize("pauses, cost, expected", [
     ([], 1.0, 0.005), ([0.1, 5.0], 1.0, 0.2), ([0.1, 5.0, 5.0], 1.0, 0.005),
     ([0.25], 1.0, 0.005), ([0.25], 2.0, 0.5), ([9.0] * 8 + [0.1] * 4, 1.0, 0.2),
-])  # fmt: skip
+])
 def test_return_gap(pauses, cost, expected):
     model = llmswap.ModelState("a", llmswap.ModelSpec())
     model.pauses.extend(pauses)
@@ -2065,7 +2065,7 @@ def ask_in_a_loop(world, name, requests, thinking, served):
 
 @pytest.mark.parametrize("thinking, clients, requests, most", [
     (0, 3, 10, 3), (0.1, 3, 10, 10), (0.1, 1, 30, 12)
-])  # fmt: skip
+])
 def test_two_groups_of_clients_in_closed_loops_need_few_loads(
     thinking, clients, requests, most
 ):
@@ -2259,7 +2259,7 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
     ("echo out; sleep 60 & exit 3", (3, "out")),  # sleep holds the pipe open
     ("echo out; sleep 60", (None, "out")),
     (None, (None, "/no/such/file: No such file or directory")),
-])  # fmt: skip
+])
 def test_a_command_gives_its_status_and_output_in_time(words, result):
     argv = ["/bin/sh", "-c", words] if words else ["/no/such/file"]
     began = time.monotonic()
@@ -2301,7 +2301,7 @@ def test_forty_callers_ask_a_binary_once_and_hold_up_no_other(tmp_path):
 def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     foreign = ("LISTEN_FDS LISTEN_PID NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID "
                "LLAMA_API_KEY LLAMA_SERVER_ROUTER_PORT LLMSWAP_API_KEY "
-               "JOURNAL_STREAM").split()  # fmt: skip
+               "JOURNAL_STREAM").split()
     for name in (*foreign, "KEPT"):
         monkeypatch.setenv(name, "1")
     text = "cat /proc/self/oom_score_adj; ls /proc/self/fd; "
@@ -2389,7 +2389,7 @@ def test_a_load_that_goes_on_is_not_given_up(
     (tmp_path / "x.py").write_text(LOADING_SERVER.replace("STEP", step))
     (tmp_path / "file").write_bytes(bytes(2**20))
     watched = begin(cmd=f"{wrapper}{sys.executable} -S {tmp_path}/x.py", load_timeout=1,
-                 proxy="http://127.0.0.1:1", cwd=tmp_path)  # fmt: skip
+                 proxy="http://127.0.0.1:1", cwd=tmp_path)
     with pytest.raises(queue.Empty):
         watched.events.get(timeout=1.5)
 
@@ -2489,7 +2489,7 @@ def test_a_process_that_left_the_group_delays_nothing(begin, tmp_path, act):
 @pytest.mark.parametrize("address, is_found", [
     ("127.0.0.1", True), ("0.0.0.0", True), ("127.0.0.2", False), ("::", True),
     ("::ffff:127.0.0.1", True),
-])  # fmt: skip
+])
 def test_all_listeners_of_a_loopback_port_are_found(address, is_found):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.ExitStack() as sockets:
@@ -2623,7 +2623,7 @@ def order_to(name):
 
 @pytest.mark.parametrize("later, is_reaped, is_ours", [
     (set(), False, True), ({1}, False, False), ({1}, True, False),
-])  # fmt: skip
+])
 def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
     tmp_path, monkeypatch, later, is_reaped, is_ours
 ):
@@ -3370,7 +3370,7 @@ WAYS_TO_START = {
     "with SIGCHLD ignored": [
         sys.executable, "-c", f"{IGNORE_SIGCHLD}; os.execv(sys.argv[1], sys.argv[1:])",
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("way", WAYS_TO_START)
@@ -3527,13 +3527,15 @@ def test_a_reload_lists_downloads_unless_the_binary_fails(tmp_path):
     binary = tmp_path / "llama-server"
     text = f"[llmswap]\nllama-server = {binary}\ncache-models = on\n"
     with Llmswap(text, WATCH_EVERY=0.0) as server:
-        for script, names in (
-            ("echo ' 1. a/b:Q8_0'", ["a/b:Q8_0"]), ("exit 1", ["a/b:Q8_0"]),
-            ("echo none", []),
-        ):  # fmt: skip
+        eventually(lambda: "shows no model" in server.log())
+        for script, names, warnings in (
+            ("echo ' 1. a/b:Q8_0'", ["a/b:Q8_0"], 1), ("exit 1", ["a/b:Q8_0"], 2),
+            ("echo none", [], 3),
+        ):
             executable(binary, script)
-            models = server.get("/v1/models?reload=1").json()["data"]
-            assert [model["id"] for model in models] == names
+            server.get("/v1/models?reload=1")
+            eventually(lambda: server.log().count("shows no model") >= warnings)
+            eventually(lambda: [*server.states()] == names)
         executable(binary, "sleep 9")
         server.write(f"{text}[a]\ncmd = FAKE")
         assert server.chat("a").status == 200
@@ -3556,7 +3558,7 @@ def test_without_a_file_and_downloads_three_lines_say_what_to_do(tmp_path, outpu
 BRISK = dict(
     COMMAND_TIMEOUT=0.5, WAKE_INTERVAL=0.2, CONNECT_TIMEOUT=0.3, POLL_INTERVAL=0.1,
     EARLY_HEAD_AFTER=0.2, JOURNAL_DELAY=0.01, ADOPT_TIMEOUT=0.5,
-)  # fmt: skip
+)
 
 
 def test_the_parrot_repeats_the_last_message():
@@ -4073,7 +4075,7 @@ def test_an_https_upstream_that_cannot_be_verified_gets_nothing(
     (lambda other: None, True), (lambda other: other.sendall(b"x"), False),
     (lambda other: other.close(), False),
     (lambda other: (reset_at_close(other), other.close()), False),
-])  # fmt: skip
+])
 def test_a_kept_connection_serves_again_only_if_nothing_came_on_it(
     upstream, act, is_quiet
 ):
@@ -4305,7 +4307,7 @@ def test_a_request_while_the_last_model_stops_cancels_the_idle_command(tmp_path)
 
 @pytest.mark.parametrize("command, text", [
     ("false", "ended with status 1"), ("/no/such/thing", "idle-command: "),
-])  # fmt: skip
+])
 def test_a_failure_of_the_idle_command_is_logged(command, text):
     head = f"[llmswap]\nidle-command = {command}\nidle-command-after = 0.2s\n"
     with brisk(head + "[a]\ncmd = FAKE\n") as server:
@@ -4434,13 +4436,13 @@ SMUGGLING = [
     "GET / HTTP/1.2\nHost: x", "GET / HTTP/2.0\nHost: x", "GET / http/1.1\nHost: x",
     "G(T / HTTP/1.1\nHost: x", "GET x HTTP/1.1\nHost: x",
     "GET http://x/ HTTP/1.1\nHost: x", "OPTIONS * HTTP/1.1\nHost: x",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("target, path, query", [
     ("/a?c=http://c/d", "/a", "c=http://c/d"), ("//evil/a", "//evil/a", ""),
     ("/?a=b&model=q%C3%A4+1%2Fx", "/", ANY), ("/?model=q\u00c3\u00a4+1/x", "/", ANY),
-])  # fmt: skip
+])
 def test_targets_and_headers_are_read_as_their_senders_mean_them(target, path, query):
     head = f"GET {target} HTTP/1.1\nHost: x\nX-A: \t a  b\t \nX-B:\nx-a: 2"
     request = request_of(head)
@@ -4462,7 +4464,7 @@ BAD_CHUNKS = [
     b"1;" + b"x" * 5000, b"0\r\n" + b"A: b\r\n" * 200, b"0\r\nA: \0\r\n\r\n",
     b"0\r\nA: b\rc\r\n\r\n", b"0\r\nA : b\r\n\r\n", b"0\r\nA: b\r\n c\r\n\r\n",
     b"0\r\n1\r\nx\r\n", b"1\r\nx\n\n",
-]  # fmt: skip
+]
 
 
 def payload_of(*pieces):
@@ -4475,7 +4477,7 @@ def payload_of(*pieces):
     (b"A;x=y\r\n0123456789\r\n1 ;z\r\n!\r\n000\r\n\r\n", b"0123456789!"),
     (b"2 \r\n\r\n\r\n0\r\nTrailer: x\r\nOther: y\r\n\r\n", b"\r\n"),
     (b"1\r\n\r\r\n1\r\n\n\r\n0;a\r\n\r\n", b"\r\n"),
-])  # fmt: skip
+])
 def test_chunks_are_decoded_however_they_are_cut(data, payload):
     single_bytes = [bytes([byte]) for byte in data]
     for cut in range(len(data) + 1):
@@ -4548,7 +4550,7 @@ JSON, FORM = "application/json", "application/x-www-form-urlencoded; charset=x"
     (JSON, '{"x":{"model":"no"}}', None), (JSON, '{"model":5}', None),
     (JSON, "", None), (JSON, '{"x":"a raw \n newline","model":"a"}', "a"),
     (FORM, ' \n{"model":"a"}', "a"),  # curl -d calls it a form
-])  # fmt: skip
+])
 def test_the_model_is_found_at_the_top_level_and_nowhere_else(kind, data, model):
     assert found_in(data.encode(), kind).model == model
 
@@ -4566,7 +4568,7 @@ def test_a_body_that_is_no_json_object_is_refused():
     ('{"a":{"x":"\\ud800"}}', "", {"a": {}}, '{"a":{"x":"\\ud800"}}'),
     ('{"a":1e400,"b":12345678901234567890}', "", {"model": "\u00e4"},
      '{"a":Infinity,"b":12345678901234567890,"model":"\u00e4"}'),
-])  # fmt: skip
+])
 def test_edits_keep_the_order_of_names(body, removed, overrides, result):
     members = found_in(body.encode()).members
     assert llmswap.edited_json(members, removed, {}, overrides).decode() == result
@@ -4621,7 +4623,7 @@ def read_answer(*pieces, method="GET"):
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
     b"Transfer-Encoding: Chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n",
-])  # fmt: skip
+])
 def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
     for cut in range(len(data)):
         answer, payload = read_answer(data[:cut], data[cut:])
@@ -4639,7 +4641,7 @@ def test_an_answer_cut_anywhere_is_never_taken_for_whole(data):
     ("1.1 200\nContent-Length: 5", "GET", b"hello", True),
     ("1.1 200\nContent-Length: 5\nConnection: x\nConnection: close", "GET", b"hello",
      False),
-])  # fmt: skip
+])
 def test_an_answer_ends_where_its_head_says(head, method, payload, is_reusable):
     answer, got = read_answer(http(f"HTTP/{head}", b"hello"), method=method)
     assert (got, answer.is_reusable) == (payload, is_reusable)
@@ -4680,7 +4682,7 @@ COUNTED = "content-length: 5"
     (GET + "\nConnection: x, Close", 5, COUNTED, b"hello", False),
     (OLD, None, "", b"hello", False),
     (OLD + "\nConnection: keep-alive", 5, COUNTED, b"hello", False),
-])  # fmt: skip
+])
 def test_an_answer_is_framed_as_its_client_can_read_it(
     request_text, length, framing, payload, is_persistent
 ):
@@ -4719,7 +4721,7 @@ def test_a_slow_reader_is_served_and_one_that_does_not_read_is_not(monkeypatch):
      (b"data: x\r\r", None, True), (b"data: " + b"x" * 9999 + b"\n\n", None, True),
      (b"data: x\n", None, False),
      (b"data: x\n\n", 500, False)],  # counted: no byte may be added
-)  # fmt: skip
+)
 def test_a_broken_stream_says_why_between_events_only_and_does_not_end(
     payload, length, is_told, monkeypatch
 ):
@@ -4840,7 +4842,7 @@ def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path):
     ("/v1/echo", b'{"x":"', b'","model":"a"}', JSON, 120),
     ("/v1/echo", b'{"x":"', b'","model":"edited"}', JSON, 160),
     ("/upstream/a/v1/echo", b"", b"", "application/octet-stream", 24),
-])  # fmt: skip
+])
 def test_large_bodies_go_up_in_bounded_memory(swap, path, start, end, kind, most):
     swap.chat("a"), swap.chat("edited")
     before, peak = anonymous_memory(swap.pid), 0
@@ -4867,7 +4869,7 @@ UPLOAD = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 90000
      lambda: http(UPLOAD, b"x" * 4_000_000),
      lambda: http(f"GET /upstream/a/bytes?n={1 << 40} HTTP/1.1\nHost: localhost")],
     ids=["prefill", "prefill of a stream", "stream", "upload", "large answer"],
-)  # fmt: skip
+)
 def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
     swap.chat("a")
     before = swap.stats("a")["cancelled"]
@@ -5031,7 +5033,7 @@ def test_a_backend_that_answers_early_and_reads_no_more_is_heard(swap):
     ({"options": {"x": 1, "deep": {"b": {"c": 3, "d": 4}}}},
      {"options": {"x": 1, "deep": {"a": 1, "b": {"c": 3, "d": 4}, "e": True}}}),
     ({"keep_alive": "5m", "ttl": 60, "z": 1}, {"z": 1}),
-])  # fmt: skip
+])
 def test_requests_are_edited_as_the_file_says(swap, given, expected):
     sent = json.loads(swap.post("/v1/x", {"model": "edited", **given}).json()["body"])
     assert {name: sent[name] for name in expected} == expected
@@ -5075,7 +5077,7 @@ def test_fields_of_one_connection_and_private_ones_are_not_passed_on(swap):
     private = {
         "X-Conversation-Id": "c::a", "X-Own": "1", "Keep-Alive": "30", "TE": "trailers",
         "Proxy-Authorization": "x", "Accept-Encoding": "gzip",
-    }  # fmt: skip
+    }
     fields = {"Connection": "keep-alive, X-Own", "X-Kept": "\u00e4", **private}
     fields["Authorization"] = "Bearer for-the-backend"
     answer = swap.post("/v1/x", {"model": "a"}, fields)
@@ -5179,14 +5181,14 @@ def test_slow_heads_and_stalled_bodies_are_answered_408():
     (b"GET / HTTP/1.1\rHost: x\r", 400), (b"GET /\0 HTTP/1.1\r\n", 400),
     (b"GET / HTTP/1.1\r\nX: " + bytes([120]) * 66000, 431),
     (b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % 2**40, 413),
-])  # fmt: skip
+])
 def test_a_request_that_cannot_be_is_refused_before_its_end(swap, data, status):
     assert raw(swap, data)[0].startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize("framing, body", [
     (IN_CHUNKS, chunked(LARGE)), (f"Content-Length: {len(LARGE)}", LARGE)
-], ids=["chunked", "counted"])  # fmt: skip
+], ids=["chunked", "counted"])
 def test_a_client_that_goes_on_sending_still_reads_its_refusal(framing, body):
     text = "[llmswap]\nmax-body = 1M\n[a]\ncmd = FAKE"
     with hasty(text, LINGER_SECONDS=5.0) as swap, swap.connect() as client:
@@ -5286,7 +5288,7 @@ LOADS_NOTHING = [  # method and path; the status of the answer while it is not l
     *(("GET", f"/upstream/hidden/{path}", 409) for path in ("v1/models", "x.js", "ws")),
     *(("GET", f"/{word}?model=none", 404) for word in QUESTIONS),
     *(("GET", f"/{word}?model=", 400) for word in QUESTIONS),
-]  # fmt: skip
+]
 
 
 def test_nothing_is_loaded_against_a_clients_will(swap):
@@ -5339,7 +5341,7 @@ def test_paths_of_other_servers_are_answered_in_their_words(swap):
     twice, ollama = "/v1 twice", "OpenAI-compatible"
     for path, words in (
         ("/v1/v1/models", twice), ("/api/tags", ollama), ("/api/version/", ollama),
-    ):  # fmt: skip
+    ):
         for answer in (swap.get(path), swap.post(path, {"model": "a"})):
             assert answer.status == 404 and words in answer.message()
             assert "http://127.0.0.1/v1" in answer.message()  # as the Host it was sent
@@ -5381,7 +5383,7 @@ def test_requests_are_remembered_with_who_asked_for_what():
         assert row["user_agent"] == ("tester" * 99)[:500]
         names = "client session method path asked model stream status error".split()
         assert [row[name] for name in names] == [
-            "127.0.0.1", "s1", "POST", CHAT, "x", "a", False, 200, None]  # fmt: skip
+            "127.0.0.1", "s1", "POST", CHAT, "x", "a", False, 200, None]
         assert row["tokens_out"] > 0 and abs(row["started"] - time.time()) < 60
         assert 0 < row["waited"] < row["first_byte"] <= row["seconds"]
         assert server.chat("none").status == 404
@@ -5950,7 +5952,7 @@ RUBBISH = [
     b"HTTP/1.1 200 \x1b[2JOK\r\n\r\n", b"HTTP/1.1 600 No\r\n\r\n",
     OK + b"Content-Length: 1, 1\r\n\r\nx", OK + b"X : a\r\n\r\n", OK + b"X: y\r\n",
     OK + b"X: " + b"x" * 70000 + b"\r\n\r\n", OK + b"X: y\r\n" * 101 + b"\r\n",
-]  # fmt: skip
+]
 
 
 def test_rubbish_from_a_backend_is_a_502_with_the_reason(liar):
@@ -5984,7 +5986,7 @@ def test_answers_that_are_valid_pass_and_bad_chunks_break_them(liar):
 
 CODINGS = [
     ("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress),
-]  # fmt: skip
+]
 BAD_CODINGS = [
     ("br", b"x", 415, "'br'"),
     ("gzip, gzip", b"x", 415, "gzip"),
@@ -6585,7 +6587,7 @@ def repaired(answer):
 def test_a_completion_is_repaired_and_its_empty_content_becomes_null():
     for arguments, content, expected in (
         (BAD, "", None), (GOOD, "", None), (BAD, "Let me see", "Let me see"),
-    ):  # fmt: skip
+    ):
         body = json.dumps(completion(arguments, content=content), indent=2).encode()
         payload = json.loads(through(body))
         answer = payload["choices"][0]["message"]
@@ -6847,7 +6849,7 @@ def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
 @pytest.mark.parametrize("flags, meta", [
     (("--list-delay", 0), {"n_ctx": 256}), (("--list-delay", 9), {}),
     (("--meta", "[1]"), {}),
-])  # fmt: skip
+])
 def test_the_meta_of_a_llama_server_is_shown_once_it_came(tmp_path, flags, meta):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     text = f"[llmswap]\nllama-server = {fake_binary(tmp_path, *flags)}\n"
@@ -6942,7 +6944,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert set(shown) == {
         coder, "shared: uses", "script: cmd", "service: unit", "far: remote",
         "typo: llama-server",
-    }  # fmt: skip
+    }
     argv, missing = shown[coder].split("\n  ")
     model = llmswap.load_config(str(path)).models["coder"]
     assert shlex.split(argv) == model.command(llmswap.table_of(model), "${PORT}")
@@ -6964,7 +6966,7 @@ def test_check_shows_each_command_as_it_can_be_pasted_and_each_error(tmp_path):
     assert pasted.stdout.decode().split("|")[:-1] == [
         str(tmp_path), "at 81; here", "--port", "81",
         "--url", "http://x:81/v1", "", "a  b", "it's", "$HOME `x` \\",
-    ]  # fmt: skip
+    ]
 
 
 # ---- the recipes, each run as it stands but for paths and ports
@@ -7160,7 +7162,7 @@ def test_recipe_behind_nginx_with_tls(tmp_path):
             title, "nginx", ("listen 443", f"listen 127.0.0.1:{port}"),
             ("/etc/ssl/models.pem", certificate), ("/etc/ssl/models.key", key),
             ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
-        )  # fmt: skip
+        )
         conf.write_text(SITE.format(f"access_log off;\n{site}\n"))
         command = ["nginx", "-p", tmp_path, "-e", "error.log", "-c", conf]
         nginx = stack.enter_context(subprocess.Popen(command))
@@ -7258,12 +7260,12 @@ OPENAI_END = events([
     {"choices": [], "usage": {
         "completion_tokens": 20, "prompt_tokens": 7, "total_tokens": 27,
         "prompt_tokens_details": {"cached_tokens": 3}}},
-])  # fmt: skip
+])
 LLAMA_END = events([
     {"choices": [{"delta": {}, "finish_reason": "stop"}], "timings": {
         "cache_n": 236, "prompt_n": 1, "prompt_ms": 30.9, "predicted_n": 35,
         "predicted_ms": 661.1, "predicted_per_second": 52.94}},
-])  # fmt: skip
+])
 MESSAGE_USAGE = {"input_tokens": 25, "cache_read_input_tokens": 0, "output_tokens": 1}
 ANTHROPIC_START = events(
     [{"type": "message_start", "message": {"id": "a", "usage": MESSAGE_USAGE}}], None
@@ -7301,7 +7303,7 @@ def test_token_counts_are_read_from_the_ends_of_an_answer(ends, reported):
     "tokens, reported, seconds, speed",
     [(10, 50.0, 1.0, 50.0), (10, None, 2.0, 5.0), (10, None, 0.05, None),
      (2, 50.0, 1.0, 50.0), (1, 50.0, 1.0, None), (None, 50.0, 1.0, None)],
-)  # fmt: skip
+)
 def test_a_speed_is_that_which_is_told_or_that_of_an_answer_that_took_a_while(
     tokens, reported, seconds, speed
 ):
@@ -7376,7 +7378,7 @@ def test_metrics_are_well_formed_and_histograms_add_up():
         meters.observe("loads", "a", seconds)
     shared = llmswap.ModelStatus("a", state="loaded", rss=10, running=1)
     models = llmswap.ModelStatus('a"b\\c\nd\x07\x9be'), shared, shared._replace(
-        id="b", shares="a")  # fmt: skip
+        id="b", shares="a")
     metrics = metrics_of(llmswap.metrics_text(models, meters, {}, 1750000000.0))
     assert metrics["process_start_time_seconds",] == 1750000000
     assert metrics["llmswap_requests_queued", "model", r"a\"b\\c\nd\\x07\\x9be"] == 0
@@ -7437,11 +7439,11 @@ def test_requests_and_stops_are_counted_by_model_status_and_cause():
     assert counted(metrics, "llmswap_requests_total") == {
         ("a", "200"): 1, ("b", "200"): 2, ("bad", "502"): 1, ("", "404"): 1,
         ("b", "499"): 1, ("b", "502"): 1, ("slow", "499"): 1, ("idler", "200"): 1,
-    }  # fmt: skip
+    }
     assert counted(metrics, "llmswap_stops_total") == {
         ("a", "evicted"): 1, ("b", "evicted"): 1, ("b", "unload"): 1,
         ("slow", "abandoned"): 1, ("b", "reload"): 1, ("idler", "idle"): 1,
-    }  # fmt: skip
+    }
     assert metrics["llmswap_swaps_total",] == 2  # to b, from a and from a load given up
     sizes = {"request_bytes": len(sent), "response_bytes": len(got)}
     totals = {**sizes, "prompt_tokens": 7, "completion_tokens": 20}
@@ -7549,7 +7551,7 @@ cmd = FAKE
 set-params = {"tokens": 10000, "interval": 0.02}
 [endless]
 cmd = FAKE --load 60
-[bad]""")  # fmt: skip
+[bad]""")
 
 
 def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
@@ -7824,7 +7826,7 @@ def test_gauges_show_the_present(all_states):
     assert dict(key for key, number in states.items() if number) == {
         "busy": "loaded", "still": "loaded", "slow": "loading", "dozy": "sleeping",
         "gone": "unloaded", "bad": "unloaded", "wrong": "unloaded",
-    }  # fmt: skip
+    }
 
 
 PARSE_METRICS = """\
@@ -7916,7 +7918,7 @@ BROKEN_WISH = {
     "arguments": "{'a': 1,", "tool_choice": "auto", "parallel_tool_calls": False,
     "tools": [{"type": "function", "function": {"name": "tool0", "parameters": {
         "type": "object", "properties": {"a": {"type": "integer"}}}}}],
-}  # fmt: skip
+}
 BUSY_WISH, ONE_RETRY = {"status": 503}, {"retries": 1}
 CUT_WISH = {"cut": "boundary", "tokens": 4}
 CUT_EVENT_WISH = {"cut": "mid-event", "tokens": 4}
@@ -7941,7 +7943,7 @@ CLIENT_CASES = {  # the call, the model, what is sent along, options; the result
     "finds": ("finds", "m", {}, {}, "m"),
     "real stream": ("flow", "real", REAL_WISH, {}, [ANY, "length", 4]),
     "real count": ("counts", "real", {}, {}, True),
-}  # fmt: skip
+}
 OTHER_RESULTS = {
     "anthropic": {
         "as it is": ["ValueError", None],
@@ -7977,7 +7979,7 @@ def run_client(url, client):
     cases = {
         name: case[:-1] for name, case in CLIENT_CASES.items()
         if LLAMA_SERVER or not name.startswith("real")
-    }  # fmt: skip
+    }
     options = {"input": json.dumps(cases), "text": True, "timeout": 180}
     return json.loads(subprocess.check_output([*LIBRARIES[client], url], **options))
 
@@ -8290,7 +8292,7 @@ def test_units_are_what_systemd_accepts(tmp_path):
         f'"PATH={tmp_path}/my $tools 10%%:', f'"{tmp_path}/my $$models.ini"',
         f"WorkingDirectory={Path(llmswap_file()).parent}\n", " -m llmswap ",
         "KillMode=mixed", "OOMPolicy=continue", "Restart=on-failure", "WatchdogSec=60",
-    ):  # fmt: skip
+    ):
         assert text in units
     _, *parts = re.split(r"^# \S+/(llmswap\.\w+)$\n", units, flags=re.MULTILINE)
     for name, unit in zip(parts[::2], parts[1::2]):
@@ -8386,7 +8388,7 @@ def test_a_core_that_is_stuck_is_started_anew_by_a_real_systemd(debian):
     write_within(debian, f"[a]\ncmd = {fake_command()}\n")
     folder = "~/.config/systemd/user/llmswap.service.d"
     debian(f"mkdir {folder}; printf '[Service]\nWatchdogSec=1\n' >{folder}/quick.conf; "
-           "systemctl --user daemon-reload")  # fmt: skip
+           "systemctl --user daemon-reload")
     try:
         pid = chat_within(debian, "a").content().split()[1]
         debian("kill -STOP $(systemctl --user show --value -p MainPID llmswap.service)")
@@ -8404,12 +8406,12 @@ def test_the_recipe_for_units_as_models_as_written_on_a_real_systemd(debian):
     [text] = recipe("systemd units as models", "ini")
     text += "[broken]\nunit = broken.service\nproxy = http://127.0.0.1:3004\n"
     folders = {"--user": debian.home / ".config/systemd/user",
-               "--system": debian.home.parent / "etc/systemd/system"}  # fmt: skip
+               "--system": debian.home.parent / "etc/systemd/system"}
     for scope, name, *flags in (
         ("--user", "bge-m3"), ("--system", "qwen3", "--load", "0.2"),
         # it runs long enough for the journal to know the unit of its lines
         ("--user", "broken", "--load", "0.5", "--load-exit", "3"),
-    ):  # fmt: skip
+    ):
         command = fake_command("--model", name, *flags, port="3004")
         unit = folders[scope] / f"{name}.service"
         unit.write_text(f"[Service]\nExecStart={command}\n")
@@ -8650,7 +8652,7 @@ BROKEN_NEEDS = [
     '{"version": 1, "needs": {"k": {"amounts": {"vram": "6G"}}}}',
     '{"version": 1, "needs": {"k": {"amounts": 3}}}',
     '{"version": 1, "needs": {"k": {"amounts": {"vram": 1e999}}}}',
-]  # fmt: skip
+]
 
 
 def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_path):
@@ -8697,7 +8699,7 @@ ESTIMATES = [
     (FIT_ROWS, "ram auto", {"ram": 8732 + 1434 + 3}, "llama-fit-params"),
     (UNFIT, "vram 24G, ram auto", {"vram": 6, "ram": 0}, "file sizes"),
     (UNFIT, "ram auto", {"ram": 6}, "file sizes"),
-]  # fmt: skip
+]
 
 
 def fit_model(folder, help, rows, budget="vram 24G, ram auto"):
@@ -9073,7 +9075,7 @@ Keeping = load_tool("keeping").Keeping
 KEEPING_STOPS = {
     Keeping.swap: "", Keeping.restart: "", Keeping.reload_and_swap: "",
     Keeping.await_unloaded: "idle-timeout = 100ms",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("stop", KEEPING_STOPS)
@@ -9102,7 +9104,7 @@ def test_a_conversation_outlives_every_stop_but_a_kill(tmp_path, stop):
 @pytest.mark.parametrize("text", [
     "", "[]", '{"F": []}', '{"F": ["c", 1, 1, [[0, "f"]]]}', "[" * 100000,
     '{"F": ["c", 1, 1e999, []]}',
-])  # fmt: skip
+])
 def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
     config = read(tmp_path, context_file(tmp_path, settings="context-max = 1"))
     [folder] = {each.context_dir for each in config.models.values()} - {""}
@@ -9118,7 +9120,7 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
 FAULTS_OF_SLOTS = [
     "list hang", "save hang", "save die", "save short", "restore hang", "restore fail",
     "restore die",
-]  # fmt: skip
+]
 
 
 def test_contexts_outlive_an_idle_exit(tmp_path):
@@ -9153,7 +9155,7 @@ def test_what_goes_wrong_with_a_context_delays_a_swap_within_bounds(tmp_path, fa
     ("list fail", "list", "context was not saved: /slots: it answers 501"),
     ("save slow", "save", "context was not saved: /slots/0.action=save: no answer in"),
     ("restore useless", "restore", "the restored context was of no use"),
-])  # fmt: skip
+])
 def test_after_two_failures_no_context_of_a_command_is_kept(
     tmp_path, fault, action, reason
 ):
@@ -9201,7 +9203,7 @@ def test_a_llama_server_that_cannot_save_is_left_alone(tmp_path):
     (lambda server: server.change_file("m.gguf"), 1, 0),
     (lambda server: server.change_file("llama-server"), 1, 0),
     (Keeping.change_command, 1, 0), (Keeping.crash, 0, 1),
-], ids=["weights", "binary", "command", "crash"])  # fmt: skip
+], ids=["weights", "binary", "command", "crash"])
 def test_in_doubt_a_saved_context_is_deleted(tmp_path, change, complaints, restores):
     with Keeping(tmp_path) as server:
         server.tell_and_swap()
@@ -9651,7 +9653,7 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         assert {each["id"]: each["source"] for each in models} == {
             "one/tiny:Q8_0": "cache", "two/tiny:Q4_K_M": "cache",
             "two/tiny:q8_0": "preset",
-        }  # fmt: skip
+        }
         assert entry_of(server, "one/tiny")["can_remove"]
         for name, size in (("one/tiny", "256"), ("second", "128")):
             assert server.post(CHAT, real_chat(name)).status == 200

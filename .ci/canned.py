@@ -202,7 +202,7 @@ CANNED_BODY = json.dumps({
     "object": "chat.completion",
     "id": "chatcmpl-" + "x" * 32,
     "usage": {"completion_tokens": 340, "prompt_tokens": 400, "total_tokens": 740},
-}).encode()  # fmt: skip
+}).encode()
 CANNED_ANSWER = CANNED_LARGE % len(CANNED_BODY) + CANNED_BODY
 CANNED_CHUNKS = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
 CANNED_STREAM = CANNED_HEAD + CANNED_CHUNKS + b"\r\n"

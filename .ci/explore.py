@@ -88,7 +88,7 @@ SMALL_WORLDS = {
     "adopted": SmallWorld(dict(patience=0.0), faults="adopt crash"),
     "closing": SmallWorld(faults="close unload_all", a=dict(stop_timeout=1.0)),
     "short queue": SmallWorld(dict(queue_max=2, queue_timeout=1.0)),
-}  # fmt: skip
+}
 
 
 class PlainWorld(World):
@@ -228,7 +228,7 @@ class Explored(Walk):
             model.load_seconds, model.stop_seconds,
             sorted(min(round(pause, 6), 8.0) for pause in model.pauses),
             None if model.pause_began is None else age(model.pause_began, now),
-        ]  # fmt: skip
+        ]
         if backend is None:
             return row
         return row + [
@@ -243,7 +243,7 @@ class Explored(Walk):
             backend in self.departing, backend in self.replaced, backend in self.cut_at,
             repr(self.holds[model.name]),
             [t.arrived <= backend.ready_at for t in self._waiting_for(model.name)],
-        ]  # fmt: skip
+        ]
 
 
 FAULTY_PHASES = {  # a fault: the phases in which it can happen to a backend

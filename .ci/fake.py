@@ -638,7 +638,7 @@ def answer_stats(request):
         "is_asleep": server.is_asleep,
         "oom_score_adj": score,
         "environ": sorted(os.environ),
-    })  # fmt: skip
+    })
 
 
 def peer_port(request):
@@ -751,7 +751,7 @@ def answer_embeddings(request):
             for index, vector in enumerate(vectors)
         ],
         "usage": {"prompt_tokens": len(texts), "total_tokens": len(texts)},
-    })  # fmt: skip
+    })
 
 
 def answer_transcription(request):
@@ -780,7 +780,7 @@ def answer_echo(request):
         "sha256": hashlib.sha256(request.body).hexdigest(),
         "length": len(request.body),
         "body": request.body[:2000].decode("latin-1"),
-    })  # fmt: skip
+    })
 
 
 def blocks(total, size):

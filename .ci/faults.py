@@ -106,7 +106,7 @@ FAULT_WORDS = (  # texts in clients' answers and in the log that the table shows
     "cannot be reached",
     "does not exist", "temporary file", "Too many open files", "start new thread",
     "shutting down", "(reload)", "(shutdown)", "unloaded after 2",
-)  # fmt: skip
+)
 FAULT_STATES = ("queued", "loading", "idle", "busy", "sleeping", "unloading")
 FAULT_TABLE = """\
 fault          | state     | what its client sees      | what is logged        | after

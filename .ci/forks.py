@@ -33,7 +33,7 @@ def start(args, env, files, folder):
     return subprocess.Popen(
         args, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def run(args, env, folder):
@@ -61,7 +61,7 @@ class Forks:
             self._process = subprocess.Popen(
                 [*PYTHON, *words], pass_fds=[fd], stdin=subprocess.DEVNULL,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def start(self, words, env, files):
         status, theirs = os.pipe()

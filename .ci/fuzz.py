@@ -152,7 +152,7 @@ FUZZ_LINES = [
     b"X: \xe4\x80", b"", b" ", b"\t", b" folded", b"\tfolded: x", b"GET / HTTP/1.1",
     b"X:" + b" " * 300 + b"y" + b" " * 300, b"X: " + b"y" * 65300,
     b"X: " + b"y" * 66000, b"X: y" + b"\r\nX: y" * 100,
-]  # fmt: skip
+]
 FUZZ_TARGETS = [
     b"/", b"*", b"x", b"", b"//x/y", b"/../..", b"/%2e%2e/%00", b"/%", b"/%zz%f",
     b"/\xe4\x80", b"/?model=%ff", b"/?model=\xff&autoload=1", b"/?%6dodel=x",
@@ -163,22 +163,22 @@ FUZZ_TARGETS = [
     b"/logs/stream/%00", b"/v1/models/%0d%0aX:%20y", b"/health", b"/v1/models?reload=",
     b"/running", b"/props?model=", b"/metrics", b"/unload/",
     b"/upstream/" + b"a/" * 2000,
-]  # fmt: skip
+]
 FUZZ_SIZES = [
     b"0", b"00", b"5", b"A", b"+5", b"-5", b"0x5", b"5;x=y", b"5 ;x", b"5;\x00",
     b"5;a\r", b" 5", b"5 ", b"5\t", b"", b";x", b"g", b"5_0", b"fffffffffffffff",
     b"ffffffffffffffff", b"7fffffff", b"5;" + b"x" * 5000, b"0;x", b"5\n", b"\xb2",
-]  # fmt: skip
+]
 FUZZ_ENDS = [
     b"\n", b"\r", b"\n\r", b"\r\r\n", b"", b"\r\n\r\n", b"\r\n ", b"\r\n\t", b"\0\r\n",
     b"\r\n\0", b"\x85", b" \r\n",
-]  # fmt: skip
+]
 FUZZ_WORDS = [
     b"get", b"G(T", b"CONNECT", b"TRACE", b"", b"HTTP/1.0", b"HTTP/1.1", b"HTTP/1.2",
     b"HTTP/2.0", b"HTTP/0.9", b"http/1.1", b"HTTP/1.1 ", b"HTTP/01.1", b"HTTP/1",
     b"200", b"99", b"600", b"204", b"304", b"100", b"103", b"2000", b"20", b"-20",
     b"200\tOK", b"\xb2\xb2\xb2", b"O\0K", b"\x1b[31m", b"\xe4", *FUZZ_TARGETS,
-]  # fmt: skip
+]
 FUZZ_FORM = (
     b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n--x--\r\n'
 )
@@ -213,7 +213,7 @@ class FuzzDice(random.Random):
             FUZZ_FORM % name,
             b"\0\r\n\r\nGET /unload HTTP/1.1\r\n\r\n",
             b"",
-        ])  # fmt: skip
+        ])
 
     def _framed(self, lines, body, may_be_chunked):
         if body and may_be_chunked and self.random() < 0.5:
@@ -258,7 +258,7 @@ class FuzzDice(random.Random):
     def _change(self, data):
         at, size = self.randrange(len(data) + 1), self.randrange(1, 9)
         kind = self.choice("byte byte lost line line line end end word size size "
-                           "trailer splice truncate".split())  # fmt: skip
+                           "trailer splice truncate".split())
         if kind == "byte":
             return data[:at] + self.choice(FUZZ_BYTES) + data[at + size % 2 :]
         if kind == "lost":

@@ -43,7 +43,7 @@ def header_fields(width, layers):
         "feed_forward_length": 4 * width, "attention.head_count": 4,
         "attention.head_count_kv": 4, "rope.dimension_count": width // 4,
         "vocab_size": len(tokens),
-    }  # fmt: skip
+    }
     scores = [0.0] * len(tokens)
     fields = [
         ("general.architecture", STRING, "llama"),
@@ -68,7 +68,7 @@ def tensor_shapes(width, layers, tokens):
         "attn_norm": (width,), "attn_q": (width, width), "attn_k": (width, width),
         "attn_v": (width, width), "attn_output": (width, width), "ffn_norm": (width,),
         "ffn_gate": (width, wide), "ffn_up": (width, wide), "ffn_down": (wide, width),
-    }  # fmt: skip
+    }
     for layer in range(layers):
         for part, shape in parts.items():
             yield f"blk.{layer}.{part}.weight", shape

@@ -47,7 +47,7 @@ class Debian:
                 ["sh", "-c", f"{enter} sh -e {HERE}/boot.sh"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def _first(self):
         pid = self._process.pid
@@ -76,7 +76,7 @@ class Debian:
             [*shell, "-c", f"{login}\n{script}"],
             env=env, cwd="/", timeout=30, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        )
         assert not check or done.returncode == 0, f"{script}\n{done.stdout}"
         return done.stdout.strip()
 
@@ -122,7 +122,7 @@ class Sleeper:
             f"-n {box} addr add 192.168.11.1/24 dev eth0",
             f"-n {box} route add default dev eth0",
             f"-n {box} ntable change name arp_cache dev eth0 retrans 50",
-        ):  # fmt: skip
+        ):
             subprocess.run(["ip", *line.split()], check=True)
         with network_of(self.gpu):
             kind = socket.SOCK_RAW, socket.htons(0x0800)  # IP

@@ -41,7 +41,7 @@ def write_certificate(folder, name):
          "-keyout", key, "-out", certificate, "-subj", "/CN=far",
          "-addext", f"subjectAltName={name}"],
         check=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     return certificate, key
 
 

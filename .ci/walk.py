@@ -336,7 +336,7 @@ class Walk:
             needs = {
                 each: self.rng.randint(spec.sleep_needs[each], max(budget[each], least))
                 for each, least in spec.sleep_needs.items() if each in budget
-            }  # fmt: skip
+            }
             self._learn_needs(name, needs)
 
     def _learn_needs(self, name, needs):
@@ -493,7 +493,7 @@ class Walk:
         _crash, _crash, _sleep_or_wake, _report_late, _find, _unload, _keep_alive,
         _keep_alive, _unload_all, _configure, _close, _learn, _learn, _learn,
         _starve, _starve, _starve,
-    ]  # fmt: skip
+    ]
 
     # the judge
 
@@ -583,7 +583,7 @@ class Walk:
             victim in self.world.backends.values() and victim.phase != "asleep"
             and demand("", self.specs[name])[1:] != (0, {})
             and not self._is_fixed(victim) and not self._waiting_for(victim.name)
-        )  # fmt: skip
+        )
         self.expect(not is_in_the_way, "tried again before there was more room")
         self.expect(not self.is_closed, "started although closed")
         is_kept, moments = not self._waiting_for(name), [-math.inf]
@@ -658,7 +658,7 @@ class Walk:
             for each in self.world.backends.values()
             if each not in (*self.departing, backend) and self._is_pinned(each)
             and each.phase in ("loading", "up", "asleep")
-        ]  # fmt: skip
+        ]
         needed = demand(model.name, model.spec)
         is_local = needed[1:] != (0, {})
         return is_down and is_local and not self.core.limits.allow([needed, *pins])
