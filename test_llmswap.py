@@ -2324,6 +2324,11 @@ def test_a_child_starts_in_clean_surroundings(begin, tmp_path, monkeypatch):
     assert not set(foreign) & set(environment)
 
 
+def test_the_guard_forgets_a_command_that_has_ended(guard):
+    assert llmswap.run_command(["true"], 5) == (0, "")
+    assert not guard._groups  # whose numbers may soon be others'
+
+
 def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
     model = model_of(tmp_path)
     settings = model.settings._replace(oom_score_adj=2000)  # even to root
