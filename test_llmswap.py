@@ -8927,8 +8927,9 @@ def test_the_peak_of_the_last_run_counts(tmp_path):
 
         def needs_of_small(size):
             show_gpu(tmp_path, f"{server.folder}/journal", {"small": size * 1024})
-            before = asked.read_text().count("\n")  # and one of these may read the old
-            eventually(lambda: asked.read_text().count("\n") > before + 2)
+            before = asked.read_text().count("\n")
+            # three may be of a measurement that began in the run before
+            eventually(lambda: asked.read_text().count("\n") > before + 4)
             return entry_of(server, "small")["needs"]["vram"] / GB / 1.05
 
         measured_chat(server, "small")
