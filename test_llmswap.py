@@ -2574,12 +2574,12 @@ class Stranger:
 def kind_keys(kind, folder):
     """The keys that make [m] a fake server of this kind."""
     if kind == "cmd":
-        return {"cmd": fake_command("--bind-late", "--load", "0.15")}
+        return {"cmd": fake_command("--bind-late", "--load", "0.5")}
     (folder / "m.gguf").touch()
     return {
         "llama-server": fake_binary(folder),
         "model": folder / "m.gguf",
-        "extra-args": "--bind-late --load 0.15",
+        "extra-args": "--bind-late --load 0.5",
     }
 
 
