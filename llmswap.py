@@ -36,11 +36,11 @@ Sections, each of which uses only those above it:
     10 Command line   arguments, logging, signals, the order of shutdown
 
 Threads. The main thread waits for signals. One thread accepts connections, one serves
-each connection, one runs each backend, another watches its process or unit; the Pool,
-the log, systemd and the idle command have their own. Files that may lie on slow mounts
-are read on short-lived threads. The Scheduler and the dict of backends belong to the
-Pool and are used only under its one lock, which is held to record an event and carry
-out what follows, never across I/O or a sleep.
+each connection, one runs each backend, others read its output and wait for its exit;
+the Pool, the log, reloads, systemd and the idle command have their own. Files that may
+lie on slow mounts are read on short-lived threads. The Scheduler and the dict of
+backends belong to the Pool and are used only under its one lock, which is held to
+record an event and carry out what follows, never across I/O or a sleep.
 """
 
 import base64
