@@ -7782,7 +7782,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send_json({"object": "list", "data": self._model_entries(listed)})
 
     def get_model(self, name):
-        self._send_json(self._model_entries([self._resolve(name)])[0])
+        for entry in self._model_entries([self._resolve(name)]):
+            return self._send_json(entry)
+        raise ModelNotFound(f"a reload has just removed {name!r}")
 
     def _model_entries(self, models):
         statuses = [self.pool.status(model) for model in models]

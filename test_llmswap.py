@@ -5263,6 +5263,12 @@ def test_values_of_secret_options_are_masked():
         assert llmswap.mask_secrets(argv) == shown
 
 
+def test_a_model_that_a_reload_removes_meanwhile_is_not_found():
+    removed = SimpleNamespace(_resolve=str, _model_entries=lambda models: [])
+    with pytest.raises(llmswap.ModelNotFound):
+        llmswap.Handler.get_model(removed, "x")
+
+
 def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
     with Stream(swap.port, "/models/sse") as stream:
         events = stream.documents()
