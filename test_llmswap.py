@@ -499,6 +499,7 @@ class Llmswap:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
+        self.unread = []  # clients that would hang up if nobody held them
         self._args = [*PYTHON, *llmswap_words(constants), str(self.ini)]
         self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
         self._env = {**os.environ, FAMILY: self.token, **(env or {})}
@@ -3154,6 +3155,7 @@ def ask_later(server, model):
     """Send a chat request, and read no answer."""
     client = server.connect()
     client.send("POST", CHAT, chat_body(model))
+    server.unread.append(client)
     return client
 
 
