@@ -499,7 +499,7 @@ class Llmswap:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
-        self.unread = []  # clients that would hang up if nobody held them
+        self.unread = []  # kept open
         self._args = [*PYTHON, *llmswap_words(constants), str(self.ini)]
         self._args += ["--listen", f"127.0.0.1:{self.port}", *args]
         self._env = {**os.environ, FAMILY: self.token, **(env or {})}
