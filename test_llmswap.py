@@ -50,7 +50,6 @@ import tracemalloc
 import urllib.parse
 import zlib
 from collections import Counter
-from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -2266,7 +2265,7 @@ def test_what_is_missing_is_found_before_the_start(tmp_path, monkeypatch, keys, 
 def test_a_command_gives_its_status_and_output_in_time(words, result):
     argv = ["/bin/sh", "-c", words] if words else ["/no/such/file"]
     began = time.monotonic()
-    assert llmswap.run_command(argv, 0.5) == result
+    assert llmswap.run_command(argv, 3.0) == result
     assert time.monotonic() - began < 30
 
 
@@ -4856,17 +4855,14 @@ def test_a_large_answer_goes_down_byte_for_byte_in_bounded_memory(swap, path):
 ])
 def test_large_bodies_go_up_in_bounded_memory(swap, path, start, end, kind, most):
     swap.chat("a"), swap.chat("edited")
-    before, peak = anonymous_memory(swap.pid), 0
+    before, process = llmswap.memory_of(swap.pid), Path(f"/proc/{swap.pid}")
+    (process / "clear_refs").write_text("5")  # its peak is what it has now
     body = start + b"x" * (32 << 20) + end
-    with ThreadPoolExecutor() as client:
-        answer = client.submit(swap.post, path, body, {"Content-Type": kind})
-        while not answer.done():
-            peak = max(peak, anonymous_memory(swap.pid))
-            futures.wait([answer], 0.005)
-    echo = answer.result().json()
+    echo = swap.post(path, body, {"Content-Type": kind}).json()
     assert b"edited" in end or echo["sha256"] == sha256(body).hexdigest()
-    assert echo["length"] >= len(body) and 0 < peak < before + (most << 20)
-    eventually(lambda: anonymous_memory(swap.pid) < before + (16 << 20))
+    peak = int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]) << 10
+    assert echo["length"] >= len(body) and peak < before["VmRSS"] + (most << 20)
+    eventually(lambda: anonymous_memory(swap.pid) < before["RssAnon"] + (16 << 20))
 
 
 UPLOAD = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 9000000"
