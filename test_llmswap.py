@@ -3220,8 +3220,10 @@ def test_a_killed_guard_is_replaced_and_knows_every_group():
 def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
     text = "[a]\ncmd = FAKE --model a --grandchild\n[b]\ncmd = FAKE --model b\n"
     body = encoded(chat_body("a"))
-    with Llmswap(text) as server, server.connect() as late, server.connect() as idle:
-        stream = server.stream("a", tokens=40, interval=0.02)
+    start = Llmswap(text, REFUSAL_SECONDS=20.0)
+    with start as server, server.connect() as late, server.connect() as idle:
+        end = server.folder / "end"
+        stream = server.stream("a", tokens=10**6, interval=0.02, until=str(end))
         waiting = ask_later(server, "b")
         eventually(lambda: server.get("/health").json().get("queued"))
         late.sock.sendall(request_head("POST", CHAT, len(body)) + body[:9])
@@ -3232,7 +3234,8 @@ def test_sigterm_lets_requests_end_and_refuses_those_that_wait_or_come_late():
         server.process.send_signal(signal.SIGHUP)  # SIGHUP is no second signal
         refusal = waiting.answer()
         assert refusal.status == 503 and "retry-after" in refusal.headers
-        assert "word39" in stream.text() and stream.is_complete
+        end.touch()
+        assert stream.text() and stream.is_complete
         late.sock.sendall(body[9:])  # at the very end
         assert late.answer().status == 503
         assert server.process.wait(20) == 0
