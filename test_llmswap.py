@@ -2462,7 +2462,7 @@ def test_a_stop_command_that_fails_without_a_word_is_reported():
 
 def test_a_stop_command_that_hangs_is_killed_with_what_it_started(begin, tmp_path):
     script(tmp_path, f"echo $$ >{tmp_path}/pid; sleep 60; :")
-    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=0.3)
+    watched = begin(cmd_stop=f"/bin/sh {tmp_path}/script", stop_timeout=3)
     watched.loaded()
     assert watched.stop() is None
     stopper = int((tmp_path / "pid").read_text())
@@ -2572,15 +2572,13 @@ class Stranger:
 
 
 def kind_keys(kind, folder):
-    """The keys that make [m] a fake server of this kind."""
+    """The keys that make [m] a fake server of this kind, ready once `go` exists."""
+    flags = f"--bind-late --load-until {folder}/go"
     if kind == "cmd":
-        return {"cmd": fake_command("--bind-late", "--load", "0.5")}
+        return {"cmd": fake_command(flags)}
     (folder / "m.gguf").touch()
-    return {
-        "llama-server": fake_binary(folder),
-        "model": folder / "m.gguf",
-        "extra-args": "--bind-late --load 0.5",
-    }
+    binary = fake_binary(folder)
+    return {"llama-server": binary, "model": folder / "m.gguf", "extra-args": flags}
 
 
 @pytest.fixture
@@ -2604,7 +2602,9 @@ def test_a_stranger_on_the_chosen_port_hears_nothing(
     if is_late:
         eventually(lambda: watched.backend.pid)
         stranger.listen()
-    assert watched.loaded().port != stranger.port
+    eventually(lambda: watched.backend.port not in (None, stranger.port))
+    (tmp_path / "go").touch()
+    watched.loaded()
     assert get(watched.backend.port, "/stats")["pid"] == watched.backend.pid
 
 
@@ -2663,6 +2663,7 @@ def test_a_listener_of_a_child_whose_first_thread_has_ended_is_its_own(begin, tm
 
 
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
+    (tmp_path / "go").touch()
     backend = begin(**kind_keys("llama-server", tmp_path), hang_timeout=0.3).loaded()
     stranger = Stranger(backend.port)
     os.kill(backend.pid, order_to("deaf"))  # it lives on
