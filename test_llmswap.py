@@ -3780,7 +3780,7 @@ def test_the_reason_why_a_unit_does_not_come_up_is_told(units):
 @pytest.mark.parametrize("verb", ["is-active", "show", "start", "stop"])
 def test_a_systemctl_that_hangs_blocks_no_other_model(units, verb):
     (units.folder / f"a.service.hang-{verb}").touch()
-    keys = {"head": "models-max = 0", "stop_timeout": "3s"}
+    keys = {"head": "models-max = 0", "stop_timeout": "0.3"}
     keys["load_timeout"] = "3s" if verb == "start" else "20s"
     near, brief = "[b]\ncmd = FAKE\n", {"COMMAND_TIMEOUT": 3.0, "ADOPT_TIMEOUT": 0.1}
     with units.serve(more=near, constants=brief, **keys) as server:
