@@ -3969,6 +3969,7 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
     machine.off()
     with ears() as (keys, packets), ThreadPoolExecutor() as crowd:
         with brisk(remote_ini(machine.port, *keys)) as server:
+            began = time.monotonic()
             waits = crowd.submit(server.stream if is_stream else server.chat, "far")
             eventually(lambda: len(packets) >= 3)
             machine.on()
@@ -3976,21 +3977,23 @@ def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_
             text = answer.text() if is_stream else answer.content()
             assert text.startswith("far ")
             assert not is_stream or answer.raw.startswith(b":")
-            times, count = [moment for moment, _ in packets], len(packets)
-            assert times[-1] - times[0] > 0.2 * (count - 1) - 0.1, times
+            times = [moment for moment, _ in packets]
+            assert times[-1] - began >= 0.2 * (len(times) - 1), times
             packet = b"\xff" * 6 + bytes.fromhex("abcdef012345") * 16
             assert {data for _, data in packets} == {packet}
             assert server.chat("far").status == 200
-            assert len(packets) <= count + 1  # it answers: there is nothing to wake
+            assert len(packets) <= len(times) + 1  # it answers: nothing is to be woken
 
 
 def test_a_remote_without_the_check_endpoint_is_a_504_that_names_it(machine):
-    lines = "check-endpoint = /early?status=404", "load-timeout = 500ms"
+    eventually(machine.is_ready)
+    lines = "check-endpoint = /early?status=404", "load-timeout = 2s"
     reason = "its check-endpoint answers 404"
     with brisk(remote_ini(machine.port, *lines), LOAD_LINE_EVERY=0.1) as server:
         answer = server.chat("far")
         assert answer.status == 504 and reason in answer.message()
-        eventually(lambda: f"far: loading after 0 s ({reason})\n" in server.log())
+        line = rf"far: loading after \d s \({reason}\)\n"
+        eventually(lambda: re.search(line, server.log()))
 
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
