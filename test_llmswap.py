@@ -4291,9 +4291,8 @@ def test_without_requests_all_is_unloaded_and_the_idle_command_runs(tmp_path):
         for turn in (1, 2):
             assert server.chat("b").status == 200
             eventually(lambda t=turn: starts_of(server, "k") == t)
-            ended = time.time()
             eventually(lambda t=turn: runs() == t)
-            assert float(mark.read_text().split()[-1]) > ended + 0.45
+            assert float(mark.read_text().split()[-1]) > ended + 1
             done = "idle-command ended with status 0"
             eventually(lambda t=turn: server.log().count(done) == t)
             assert server.log().count(f"idle: running {command}") == turn
