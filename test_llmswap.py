@@ -4435,7 +4435,8 @@ def test_a_head_may_have_64_kilobytes_and_100_lines_and_no_more():
     start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
     for blank in (b"", b"\r\n" * 32000):  # empty lines count, and cost little
         fill = b"x" * (llmswap.MAX_HEAD - len(blank + start + end))
-        assert seconds_of(reader_of(blank + start + fill + end).head) < 0.05
+        head = blank + start + fill + end
+        assert seconds_of(lambda data=head: reader_of(data).head()) < 0.05
         with pytest.raises(llmswap.HeadersTooLarge):
             reader_of(blank + start + fill + b"x" + end).head()
     lines = [f"X-{number}: y" for number in range(99)]
@@ -4631,7 +4632,6 @@ def test_the_model_of_a_form_is_found_wherever_it_stands_and_in_linear_time():
         assert body.model == "a/b" and data[slice(*body.span)] == b"a/b"
         assert bytes(body.held) + b"".join(body.rest()) == data
 
-
     data, _ = multipart(("file", b"model"), ("model", "c"), boundary="a b'c")
     assert found_in(data, 'multipart/form-data; Boundary="a b\'c"').model == "c"
     assert found_in(*multipart(("file", b"model"))).model is None
@@ -4639,10 +4639,10 @@ def test_the_model_of_a_form_is_found_wherever_it_stands_and_in_linear_time():
         found_in(data, "multipart/form-data")
     slow = b"--x\r\n" + b"Content-Disposition: form-data;" * 30000 + b"\r\n\r\n\r\n--x"
     kind = "multipart/form-data; boundary=x"
-    assert seconds_of(lambda: found_in(slow, kind)) < 0.1
+    assert seconds_of(lambda: found_in(slow, kind)) < 0.3
     part = b"--x\r\nContent-Disposition: form-data; name=model\r\n\r\n"
     for slow in (b"--x\r\n" * 8000, part * 8000):  # the second: it never ends
-        assert seconds_of(lambda data=slow: found_in(data, kind), tries=1) < 0.2
+        assert seconds_of(lambda data=slow: found_in(data, kind)) < 0.2
 
 
 # ---- answers read
@@ -4904,21 +4904,22 @@ UPLOAD = "POST /upstream/a/v1/x HTTP/1.1\nHost: localhost\nContent-Length: 90000
 )
 def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
     swap.chat("a")
+    eventually(lambda: not swap.stats("a")["in_flight"])  # of earlier tests
     before = swap.stats("a")["cancelled"]
     with swap.connect() as client:
         client.sock.sendall(text())
         eventually(lambda: swap.stats("a")["in_flight"])
         client.hang_up(reset)
-    eventually(lambda: swap.stats("a")["cancelled"] == before + 1, 1)
+    eventually(lambda: swap.stats("a")["cancelled"] == before + 1, 4)
 
 
 def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
-    queued = swap.get("/health").json()["queued"]
+    eventually(lambda: not swap.get("/health").json()["queued"])  # of earlier tests
     with swap.connect() as one, swap.connect() as two:
         for client in (one, two):
             client.send("POST", CHAT, chat_body("slow"))
-        eventually(lambda: swap.get("/health").json()["queued"] == queued + 2)
-    eventually(lambda: swap.get("/health").json()["queued"] == queued, 1)
+        eventually(lambda: swap.get("/health").json()["queued"] == 2)
+    eventually(lambda: not swap.get("/health").json()["queued"], 4)
     swap.post("/models/unload", {"model": "slow"})
 
 
