@@ -2653,16 +2653,8 @@ def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
 
 
 def test_a_listener_of_a_child_whose_first_thread_has_ended_is_its_own(begin, tmp_path):
-    (tmp_path / "server.py").write_text(
-        "import ctypes, os, socket, sys, threading, time\n"
-        "listener = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
-        "print('started', file=open(sys.argv[2], 'a'), flush=True)\n"
-        "end = lambda: (time.sleep(0.1), os._exit(3))\n"
-        "threading.Thread(target=end).start()\n"
-        "ctypes.CDLL(None).pthread_exit(None)\n"
-    )
     starts = tmp_path / "starts"
-    watched = begin(cmd=f"{sys.executable} {tmp_path}/server.py ${{PORT}} {starts}")
+    watched = begin(cmd=f"{sys.executable} {CI}/leaderless.py ${{PORT}} {starts}")
     assert "status 3" in str(watched.exited())
     assert starts.read_text().split() == ["started"]  # its port was not taken
 
@@ -3908,19 +3900,6 @@ def test_a_llama_server_that_puts_itself_to_sleep_shows_as_sleeping(tmp_path):
 # ---- remote models
 
 
-@contextmanager
-def ears():
-    """(the keys of a machine to wake, the packets sent: [(time, bytes)])."""
-    packets = []
-    hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
-    with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        port = server.server_address[1]
-        keys = "wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"
-        yield keys, packets
-        server.shutdown()
-
-
 @pytest.fixture
 def machine():
     """A machine elsewhere that can be switched off and on."""
@@ -3967,7 +3946,7 @@ def test_a_proxy_may_lead_to_other_llmswaps_but_not_back(machine):
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_sleeping_machine_is_woken_and_the_client_gets_its_answer(machine, is_stream):
     machine.off()
-    with ears() as (keys, packets), ThreadPoolExecutor() as crowd:
+    with machines.ears() as (keys, packets), ThreadPoolExecutor() as crowd:
         with brisk(remote_ini(machine.port, *keys)) as server:
             began = time.monotonic()
             waits = crowd.submit(server.stream if is_stream else server.chat, "far")
@@ -3998,7 +3977,7 @@ def test_a_remote_without_the_check_endpoint_is_a_504_that_names_it(machine):
 
 def test_a_machine_that_does_not_wake_in_time_is_a_504(machine):
     machine.off()
-    with ears() as (keys, packets):
+    with machines.ears() as (keys, packets):
         ini = remote_ini(machine.port, "load-timeout = 250ms", *keys)
         with brisk(ini, WAKE_INTERVAL=60.0) as server:
             for turn in range(3):  # it is tried again each time: asleep, not broken
@@ -4020,29 +3999,13 @@ def test_a_remote_that_vanished_is_waited_for_and_not_called_broken(machine, is_
             assert state == "loaded" or server.chat("near").status == 200
             assert server.states()["far"] == state
             with ThreadPoolExecutor() as crowd:
-                with absence(machine, is_silent):
+                with machines.absence(machine, is_silent):
                     waits = crowd.submit(server.chat, "far")
                     eventually(lambda: sign in server.log())
                 assert waits.result().content().startswith("far ")
         status = server.get("/v1/models/far").json()["status"]
         assert status["value"] == "loaded" and "failed" not in status
         assert "could not" not in server.log()
-
-
-@contextmanager
-def absence(machine, is_silent):
-    """The machine drops what comes, or refuses it, until the block ends."""
-    machine.off()
-    place = "127.0.0.1", machine.port
-    with contextlib.ExitStack() as stack:
-        if is_silent:  # as a listener with a full backlog is
-            stack.enter_context(socket.create_server(place, backlog=0))
-            for _ in range(3):
-                sock = stack.enter_context(socket.socket())
-                sock.setblocking(False)
-                sock.connect_ex(place)
-        yield
-    machine.on()
 
 
 def test_a_remote_llmswap_that_is_started_anew_cuts_no_stream_and_fails_no_request():
