@@ -3695,9 +3695,9 @@ def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
-    for pid, _ in ask_gpus("processes"):
+    for pid, _ in ask_gpus("processes", TOOL_TIMEOUT):
         return f"{process_name(pid)} holds GPU memory"
-    use = max((use for use, in ask_gpus("use")), default=0)
+    use = max((use for use, in ask_gpus("use", TOOL_TIMEOUT)), default=0)
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 
