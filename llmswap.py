@@ -3889,7 +3889,7 @@ class RemoteBackend(Backend):
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._give_up()
-        return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
+        return self._exited.is_set() and self._ended.wait(DEATH_TIMEOUT)
 
     def _give_up(self):
         self._exited.set()
