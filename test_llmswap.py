@@ -5343,7 +5343,6 @@ def test_without_autoload_models_are_loaded_by_hand():
         assert server.post(f"{CHAT}?autoload=true", chat_body("a")).status == 200
 
 
-
 def test_paths_of_other_servers_are_answered_in_their_words(swap):
     assert swap.post("/v1/streams/lookup", {"conv_ids": ["x"]}).json() == []
     for path in ("/tools", "/cors-proxy"):  # llama.cpp's router without its features
@@ -5998,7 +5997,6 @@ def test_answers_that_are_valid_pass_and_bad_chunks_break_them(liar):
     for chunks in BAD_CHUNKS:
         with pytest.raises(BrokenAnswer):
             answer_of(liar, CHUNKED_ANSWER + chunks)
-
 
 
 CODINGS = [
@@ -7627,15 +7625,6 @@ def ask_by_mouse(browser, model):
     browser.click("$('send')")
 
 
-def tab_to(browser, label):
-    """Press Tab until the element of that name has the focus."""
-    seen = []
-    while (focus := browser.value("document.activeElement.ariaLabel")) != label:
-        assert len(seen) < 60, f"Tab does not lead to {label!r}, only to {set(seen)}"
-        seen.append(focus)
-        browser.press("Tab")
-
-
 def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser):
     with Llmswap(LOCKED.replace("secret", "Schlüssel")) as server:
         browser.look(1280, "light")
@@ -7648,7 +7637,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
             browser.until(f"!$('key-dialog').open || {refused}")
         browser.until(shown(row("a"), "Load"))
         browser.complaints.clear()
-        tab_to(browser, "Load a")
+        browser.tab_to("Load a")
         browser.press("Enter")
         browser.until(shown(row("a", ".state"), "loaded"))
         focused = "document.activeElement.closest('li')?.dataset.id"
@@ -7656,7 +7645,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         assert browser.value("document.activeElement.innerText") == "Unload"
         browser.press(" ")
         browser.until(shown(row("a", ".state"), "unloaded by hand"))
-        tab_to(browser, "Prompt b")
+        browser.tab_to("Prompt b")
         browser.press("Enter")
         browser.type("hello")
         browser.press("Enter")
@@ -7664,7 +7653,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_keyboard_with_a_key(browser
         browser.press("Escape")
         browser.until(shown(row("b", ".state"), "loaded"))  # snapshots come after answers
         browser.until(shown("$('recent')", "browser"))  # asked for with the key, too
-        tab_to(browser, "Log b")
+        browser.tab_to("Log b")
         browser.press("Enter")
         browser.until(shown("$('lines')", "model loaded"))
         browser.press("Escape")
@@ -7695,7 +7684,7 @@ def test_requests_are_seen_opened_filtered_and_cancelled_by_keyboard(browser):
         client.send("POST", CHAT, chat_body("long", stream=True), agent)
         running = REQUEST.format(4, "button")
         browser.until(f"{running}?.checkVisibility()")
-        tab_to(browser, "Cancel request 4 of long")
+        browser.tab_to("Cancel request 4 of long")
         browser.until(shown(REQUEST.format(4, ""), "first byte"))
         browser.press("Enter")
         browser.until(shown(REQUEST.format(4, ""), "499"))
@@ -7846,21 +7835,11 @@ def test_gauges_show_the_present(all_states):
     }
 
 
-PARSE_METRICS = """\
-import json, sys
-from prometheus_client.parser import text_string_to_metric_families
-families = [*text_string_to_metric_families(sys.stdin.read())]
-assert {each.type for each in families} == {"gauge", "counter", "histogram"}
-assert all(each.documentation for each in families)
-print(json.dumps([sample[:3] for each in families for sample in each.samples]))
-"""
-
-
 def test_prometheus_own_parser_reads_what_we_mean(all_states):
     if not CLIENTS:
         pytest.skip("CLIENTS names no Python with prometheus_client")
     text = all_states.get("/metrics").body.decode()
-    words = [CLIENTS, "-c", PARSE_METRICS]
+    words = [CLIENTS, CI / "samples.py"]
     read = json.loads(subprocess.check_output(words, input=text, text=True))
     samples = {(name, *sum(labels.items(), ())): n for name, labels, n in read}
     assert samples == metrics_of(text) and len(samples) > 100

@@ -131,6 +131,14 @@ class Browser:
         """Type a text into whatever has the focus."""
         self.call("Input.insertText", text=text)
 
+    def tab_to(self, label):
+        """Press Tab until the element of that name has the focus."""
+        seen = []
+        while (focus := self.value("document.activeElement.ariaLabel")) != label:
+            assert len(seen) < 60, f"Tab does not lead to {label!r}, only to {seen}"
+            seen.append(focus)
+            self.press("Tab")
+
     def click(self, element):
         """Click on the middle of an element, as a person does, once it is there; again
         if it moved away meanwhile, as rows do when they change."""
