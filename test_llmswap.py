@@ -489,13 +489,14 @@ class Llmswap:
 
     The end is a SIGTERM, after which it must exit with status 0 and leave no process;
     a test that ends it otherwise calls `kill` or waits for `process` itself.
-    `FAKE` in the text stands for the command of a fake server with a journal;
-    `constants` replace those of llmswap.py.
+    `FAKE` in the text stands for the command of a fake server with a journal, `GATE`
+    for the file `gate`; `constants` replace those of llmswap.py.
     """
 
     def __init__(self, text, *args, env=None, **constants):
         self.folder = Path(tempfile.mkdtemp(prefix="llmswap-test-"))
         self.ini = self.folder / "test.ini"
+        self.gate = self.folder / "gate"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.token = f"{os.getpid()}-{self.port}"
@@ -549,10 +550,10 @@ class Llmswap:
         self.process.wait()
 
     def write(self, text):
-        """Write the INI file, FAKE replaced."""
+        """Write the INI file, FAKE and GATE replaced."""
         fake = fake_command("--journal", str(self.folder / "journal"))
         fresh = self.ini.with_suffix(".new")
-        fresh.write_text(text.replace("FAKE", fake))
+        fresh.write_text(text.replace("FAKE", fake).replace("GATE", str(self.gate)))
         fresh.replace(self.ini)  # atomic
 
     def reload(self, text):
