@@ -5003,11 +5003,18 @@ def test_streams_get_a_head_then_comments_during_a_load_unless_these_are_off(swa
         swap.post("/models/unload", {"model": model})
 
 
-def test_during_prefill_and_in_pauses_comments_come_between_events(swap):
-    with swap.stream("a", delay=0.8, tokens=2, interval=0.4) as stream:
-        assert stream.text()
-    assert re.match(rb"(:\n\n){2,}data: ", stream.raw)
-    assert re.search(rb"\}\n\n(:\n\n)+data: ", stream.raw)
+def test_during_prefill_and_in_pauses_comments_come_between_events(swap, tmp_path):
+    before, between = tmp_path / "before", tmp_path / "between"  # the tokens
+    wish = {"delay": str(before), "interval": str(between)}
+    with swap.stream("a", tokens=2, **wish) as stream:
+        pieces = stream.client.pieces(stream.status, stream.headers)
+        raw = read_until(b":\n\n:\n\n", pieces)
+        before.touch()
+        raw += read_until(b"}\n\n:\n\n", pieces)
+        between.touch()
+        raw += b"".join(pieces)
+    assert re.match(rb"(:\n\n){2,}data: ", raw)
+    assert re.search(rb"\}\n\n(:\n\n)+data: ", raw)
 
 
 def test_before_the_early_head_a_failure_keeps_its_status(swap):
