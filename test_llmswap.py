@@ -4920,6 +4920,7 @@ def hospital():
     """An llmswap whose models may be made to die, each at most once."""
     models = [f"m{number}" for number in range(30)]
     text = "".join(f"[{model}]\ncmd = FAKE --model {model}\n" for model in models)
+    text += "[gone]\ncmd = /no/such/program ${PORT}\n"
     with hasty("[llmswap]\nmodels-max = 0\n" + text, EARLY_HEAD_AFTER=9.0) as running:
         running.victims = iter(models)
         yield running
@@ -5017,8 +5018,8 @@ def test_during_prefill_and_in_pauses_comments_come_between_events(swap, tmp_pat
     assert re.search(rb"\}\n\n(:\n\n)+data: ", raw)
 
 
-def test_before_the_early_head_a_failure_keeps_its_status(swap):
-    answer = swap.chat("gone", stream=True)
+def test_before_the_early_head_a_failure_keeps_its_status(hospital):
+    answer = hospital.chat("gone", stream=True)
     assert (answer.status, answer.headers["x-should-retry"]) == (502, "false")
     assert "/no/such/program" in answer.message()
 
