@@ -5024,18 +5024,19 @@ def test_before_the_early_head_a_failure_keeps_its_status(hospital):
     assert "/no/such/program" in answer.message()
 
 
-def test_an_error_of_the_backend_is_an_event_after_an_early_head_else_unchanged(swap):
-    swap.chat("a")
+def test_an_error_of_the_backend_is_an_event_after_an_early_head_else_unchanged(
+    swap, hospital, victim, tmp_path
+):
     for status in (400, 404, 429, 500, 503):
-        answer = swap.chat("a", stream=True, status=status)
+        answer = hospital.chat(victim, stream=True, status=status)
         assert answer.status == status
         assert answer.json()["error"]["code"] == status
-    with swap.stream("a", delay=0.4, status=429) as stream:
-        (problem,) = stream.documents()
-    assert problem["error"]["message"] == "as asked" and stream.is_complete
-    with swap.stream("a", delay=0.4, status=424, error="no room on the GPU") as stream:
-        (problem,) = stream.documents()
-    assert "no room on the GPU" in problem["error"]["message"]
+    for more, text in ({}, "as asked"), ({"error": "no room on the GPU"}, "no room on"):
+        gate = tmp_path / text
+        with swap.stream("a", delay=str(gate), status=429, **more) as stream:
+            gate.touch()  # now that there is a head
+            (problem,) = stream.documents()
+        assert text in problem["error"]["message"] and stream.is_complete
 
 
 def test_only_paths_that_stream_events_get_an_early_head(swap):
