@@ -6710,11 +6710,11 @@ def test_arguments_are_repaired_where_that_is_asked_for(repairing, path):
 
 
 def test_a_client_that_leaves_during_a_tool_call_is_noticed(repairing):
-    before = repairing.stats("as-is")["cancelled"]
+    before = cancelled(repairing, "as-is")
     wish = dict(arguments="x" * 100_000, interval=0.02)
     with repairing.stream("mended", **wish):
         eventually(lambda: repairing.stats("as-is")["in_flight"])
-    eventually(lambda: repairing.stats("as-is")["cancelled"] == before + 1, 2)
+    eventually(lambda: repairing.stats("as-is")["cancelled"] == before + 1)
 
 
 def test_what_needs_no_repair_passes_llmswap_byte_for_byte(repairing):
