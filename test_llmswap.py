@@ -4898,13 +4898,13 @@ def test_a_hang_up_cancels_the_request_at_once(swap, text, reset):
 
 
 def test_a_hang_up_during_the_load_or_in_the_queue_leaves_nothing_waiting(swap):
-    queued = swap.get("/health").json()["queued"]
+    swap.post("/api/models/unload/slow")  # another test may have left it loading
+    eventually(lambda: swap.get("/health").json()["queued"] == 0)
     with swap.connect() as one, swap.connect() as two:
         for client in (one, two):
             client.send("POST", CHAT, chat_body("slow"))
-        eventually(lambda: swap.get("/health").json()["queued"] == queued + 2)
-    eventually(lambda: swap.get("/health").json()["queued"] == queued, 1)
-    swap.post("/models/unload", {"model": "slow"})
+        eventually(lambda: swap.get("/health").json()["queued"] == 2)
+    eventually(lambda: swap.get("/health").json()["queued"] == 0, 4)
 
 
 def test_backend_connections_are_kept_and_those_it_closed_are_replaced_unnoticed(swap):
@@ -5046,6 +5046,7 @@ def test_an_error_of_the_backend_is_an_event_after_an_early_head_else_unchanged(
 
 def test_only_paths_that_stream_events_get_an_early_head(swap):
     body = {"model": "slow", "stream": True}
+    swap.post("/api/models/unload/slow")
     with swap.connect() as speech:
         speech.send("POST", "/v1/audio/speech", body)
         for path in (CHAT, "/v1/completions", MESSAGES, "/v1/responses", "/infill"):
