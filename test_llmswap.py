@@ -5147,14 +5147,14 @@ def test_websockets_pass_bytes_both_ways(swap):
             assert b"".join(client.exactly(len(data))) == data
             sender.join()
         assert swap.stats("a")["in_flight"] >= 1
-    eventually(lambda: swap.stats("a")["in_flight"] == 0, 2)
+    eventually(lambda: swap.stats("a")["in_flight"] == 0)
 
 
 def test_a_websocket_is_cut_when_its_model_is_stopped(swap):
     swap.chat("b")
     with swap.connect() as client:
         assert websocket(client, "/ws?model=b")[0] == 101
-        swap.post("/models/unload", {"model": "b"})
+        unload(swap, "b")
         assert everything(client.sock)[0] == b""
 
 
@@ -5297,6 +5297,7 @@ def test_a_model_that_a_reload_removes_meanwhile_is_not_found():
 
 
 def test_models_are_loaded_and_unloaded_by_hand_as_by_llama_cpp(swap):
+    swap.post("/unload")
     with Stream(swap.port, "/models/sse") as stream:
         events = stream.documents()
         for action, state, problem in (
@@ -5550,12 +5551,13 @@ def test_logs_are_followed_with_and_without_history(swap):
     with swap.connect() as client:
         client.send("GET", "/logs/stream?no-history")
         status, headers = client.head()
+        swap.post("/unload")
         swap.post("/models/load", {"model": "b"})
         pieces, seen = client.pieces(status, headers), b""
         while b"b: loading" not in seen:
             seen += next(pieces)
         assert b"model loaded" not in seen.partition(b"b: loading")[0]
-        swap.post("/models/unload", {"model": "b"})
+        unload(swap, "b")
     assert swap.get("/logs/stream/none").status == 404
 
 
