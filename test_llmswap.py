@@ -5399,9 +5399,10 @@ def test_a_client_that_speaks_tls_is_told_so(swap):
 def test_a_start_that_is_bound_to_fail_is_known_before():
     text = "[gone]\ncmd = /no/such/program --port ${PORT}\n[fine]\ncmd = FAKE"
     with Llmswap(text) as server:
-        status = server.get("/v1/models/gone").json()["status"]
-        assert status["failed"] and status["exit_code"] == 1
-        assert status["error"] == "/no/such/program does not exist"
+        status = lambda: server.get("/v1/models/gone").json()["status"]  # noqa: E731
+        eventually(lambda: "failed" in status())  # a client does not wait for files
+        assert status()["failed"] and status()["exit_code"] == 1
+        assert status()["error"] == "/no/such/program does not exist"
         assert "failed" not in server.get("/v1/models/fine").json()["status"]
         with Stream(server.port, "/", headers=EVENTS) as stream:
             models = {each["id"]: each for each in next(stream.documents())["models"]}
