@@ -5430,6 +5430,7 @@ def test_requests_are_remembered_with_who_asked_for_what():
         assert row["tokens_out"] > 0 and abs(row["started"] - time.time()) < 60
         assert 0 < row["waited"] < row["first_byte"] <= row["seconds"]
         assert server.chat("none").status == 404
+        eventually(lambda: rows_of(server)[0]["asked"] == "none")
         assert server.chat("b").status == 502
         assert server.get("/upstream/a/").status == 200  # pages are no requests
         eventually(lambda: all(row["status"] for row in rows_of(server)))
