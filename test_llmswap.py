@@ -3478,7 +3478,7 @@ def test_an_edited_file_is_in_use_before_the_next_request(by_rename):
     text = "[llmswap]\nmodels-max = 0\n[kept]\ncmd = FAKE --model kept\n"
     with Llmswap(text, WATCH_EVERY=0.0) as server:
         edit = server.write if by_rename else server.ini.write_text
-        with server.stream("kept", tokens=10**6, pause=0.05) as stream:
+        with server.stream("kept", tokens=10**6, interval=0.05) as stream:
             events = stream.events()
             next(events)
             text = server.ini.read_text()
@@ -5463,7 +5463,7 @@ def test_a_request_in_flight_is_shown_and_can_be_cancelled():
                 answer = client.answer()
                 assert answer.status == 499
                 assert answer.json()["error"]["code"] == "request_cancelled"
-        with server.stream("a", tokens=10**6, pause=0.05) as stream:
+        with server.stream("a", tokens=10**6, interval=0.05) as stream:
             events = stream.events()
             next(events)
             cancel("a")
