@@ -5523,6 +5523,7 @@ def test_five_hundred_requests_are_remembered_in_a_megabyte():
 
 def test_llama_swaps_routes(swap):
     swap.chat("a")
+    eventually(lambda: entry_of(swap, "a")["status"]["args"])
     running = {each["model"]: each for each in swap.get("/running").json()["running"]}
     assert running["a"]["state"] == "ready"
     assert running["a"]["proxy"].startswith("http://127.0.0.1:")
@@ -5531,7 +5532,7 @@ def test_llama_swaps_routes(swap):
     assert (answer.status, answer.body) == (200, b"OK")
     assert swap.states()["a"] == "unloaded"
     assert swap.post("/api/models/unload/none").status == 404
-    assert b" a: loaded in " in swap.get("/logs").body
+    eventually(lambda: b" a: loaded in " in swap.get("/logs").body)
 
 
 def test_everything_is_unloaded(guarded):
