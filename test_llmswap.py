@@ -5839,6 +5839,8 @@ def test_no_key_is_ever_logged_shown_or_passed_on(tmp_path):
             wrong = {name: f"{value}-wrong" for name, value in fields.items()}
             assert server.post("/v1/x?key=K-wrong", {"model": "a"}, wrong).status == 401
         assert server.get("/upstream/a/", forms[0]).status == 200
+        shown = lambda: server.get("/v1/models/a", forms[0]).json()  # noqa: E731
+        eventually(lambda: shown()["status"]["args"])
         for place, shown in shown_by(server, forms[0]):
             shown = shown.replace("/upstream/a/stats", "").replace(str(tmp_path), "")
             if place == "/upstream/a/stats":  # the server knows its own options
