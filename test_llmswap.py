@@ -5207,7 +5207,7 @@ def test_the_head_of_an_answer_can_be_had_alone(swap):
 def test_slow_heads_and_stalled_bodies_are_answered_408():
     head = "POST /v1/x HTTP/1.1\nHost: localhost\nContent-Length: 5000000"
     bodies = http(head, b'{"model"'), http(head, b'{"model":"a"' + b" " * 3_000_000)
-    with hasty("[a]\ncmd = FAKE", HEAD_SECONDS=0.2, STALL_SECONDS=0.2) as swap:
+    with hasty("[a]\ncmd = FAKE", HEAD_SECONDS=0.2, STALL_SECONDS=0.2, LINGER_SECONDS=9.0) as swap:
         for data in (b"GET / HTTP/1.1\r\nHost:", *bodies):
             assert raw(swap, data)[0].startswith(b"HTTP/1.1 408 ")
 
@@ -5227,7 +5227,7 @@ def test_a_request_that_cannot_be_is_refused_before_its_end(swap, data, status):
 ], ids=["chunked", "counted"])
 def test_a_client_that_goes_on_sending_still_reads_its_refusal(framing, body):
     text = "[llmswap]\nmax-body = 1M\n[a]\ncmd = FAKE"
-    with hasty(text, LINGER_SECONDS=5.0) as swap, swap.connect() as client:
+    with hasty(text, LINGER_SECONDS=9.0) as swap, swap.connect() as client:
         client.sock.sendall(http(f"POST /x HTTP/1.1\nHost: localhost\n{framing}", body))
         assert client.answer().status == 413
 
