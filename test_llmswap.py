@@ -6858,10 +6858,15 @@ def test_without_a_model_file_no_progress_is_guessed_and_the_end_is_told():
 
 
 def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
-    command = slow_model(tmp_path)
+    half = tmp_path / "half"
+    command = slow_model(tmp_path, half=half)
     ini = f"[*]\nloading-notice = reasoning\n[a]\ncmd = {command}\n"
     with watchful(ini) as server, server.stream("a") as stream:
-        chunks = list(stream.documents())
+        chunks = []
+        for chunk in stream.documents():
+            chunks.append(chunk)
+            if "%" in str(chunk):
+                half.touch()
         notices = [chunk for chunk in chunks if "loading" in chunk["id"]]
         assert notices and chunks[: len(notices)] == notices  # before the backend's first
         for chunk in notices:
@@ -6869,7 +6874,9 @@ def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
             assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "a"
             assert choice["index"] == 0 and choice["finish_reason"] is None
             text = choice["delta"].pop("reasoning_content")
-            assert re.fullmatch(r"loading a, \d\d? %\n", text) and not choice["delta"]
+            assert re.fullmatch(r"waiting.*\n|loading a, (\d s|\d\d? %)\n", text)
+            assert not choice["delta"]
+        assert "%" in text
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
         assert stream.is_complete and b"data: [DONE]" in stream.raw
 
