@@ -6882,11 +6882,13 @@ def test_a_chat_that_asked_for_it_reads_the_progress_as_reasoning(tmp_path):
 
 
 def test_other_requests_get_comments_instead():
-    text = "[a]\ncmd = FAKE --load 1\nloading-notice = reasoning\n"
+    text = "[a]\ncmd = FAKE --load-until GATE\nloading-notice = reasoning\n"
     body = {**chat_body("a"), "stream": True, "prompt": "x", "max_tokens": 3}
     with watchful(text) as server:
         paths = "/v1/completions", MESSAGES
-        for stream in [Stream(server.port, path, body) for path in paths]:
+        streams = [Stream(server.port, path, body) for path in paths]
+        server.gate.touch()  # now that they have heads
+        for stream in streams:
             with stream:
                 assert list(stream.events())
             assert stream.raw.startswith(b":\n\n") and b"reasoning" not in stream.raw
