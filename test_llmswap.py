@@ -6895,11 +6895,17 @@ def test_other_requests_get_comments_instead():
 
 
 def test_notices_tell_of_the_room_and_a_failed_load_ends_them_with_an_error():
-    flags = "--load 0.5 --load-exit 3"
+    flags, chunks = "--load-until GATE --load-exit 3", []
     text = "[*]\nloading-notice = reasoning\n[a]\ncmd = FAKE\n"
     with watchful(f"{text}[b]\ncmd = FAKE {flags}\n") as server:
-        with server.stream("a", interval=0.2), server.stream("b") as stream:
-            *chunks, last = stream.documents()
+        room = server.folder / "room"
+        with server.stream("a", interval=str(room)), server.stream("b") as stream:
+            for chunk in stream.documents():
+                chunks.append(chunk)
+                room.touch()  # which a makes, as it ends
+                if "loading b" in str(chunk):
+                    server.gate.touch()
+        last = chunks.pop()
         statuses = lambda: {row["status"] for row in rows_of(server)}  # noqa: E731
         eventually(lambda: statuses() == {200, 502})  # though both heads said 200
     notices = [each["choices"][0]["delta"]["reasoning_content"] for each in chunks]
