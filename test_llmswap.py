@@ -6949,7 +6949,8 @@ def test_log_lines_have_time_or_priority_and_no_control_characters(
         log = llmswap.Log()
         log("debug", "no"), log("info", "x")
         log("error", "\x1b[1mone\n\ttwo\x07\u202e\ud800")
-        log.close()
+        log.close()  # which waits a second at most
+        eventually(lambda: "two" in path.read_text())
     shown = re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", path.read_text())
     wanted = "<6>x\n<3>one\n<3>          two\\x07\\u202e\\ud800\n"
     assert shown == (wanted if is_journal else re.sub("(?m)^<.>", "", wanted))
