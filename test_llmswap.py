@@ -7033,7 +7033,8 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
         shown = [line for line in terminal.splitlines() if line != "..."]
         eventually(lambda: log.read_text().count("\n") >= len(shown) + 3)
         lines = log.read_text().splitlines()
-        lines = [line for line in lines if "could not be started" not in line]
+        rare = "could not be started|unloaded after"  # the second: if that was slow
+        lines = [line for line in lines if not re.search(rare, line)]
         assert sorted(map(alike, lines)) == sorted(map(alike, shown))
         assert len(commands) == 2
 
