@@ -7040,7 +7040,7 @@ def test_the_first_screen_of_the_readme_shows_what_happens(tmp_path):
 
 
 def test_recipe_docker(tmp_path):
-    state, hang = tmp_path / "state", "hang-timeout = 300ms\n" + OTHER_MODEL
+    state, hang = tmp_path / "state", "hang-timeout = 1200ms\n" + OTHER_MODEL
     words = f"{sys.executable} -IS {CI}/docker.py {state} {fake_file()}"
     executable(tmp_path / "docker", f'exec {words} "$@"')
     often = {"STALL_CHECK_AFTER": 0.1, "POLL_INTERVAL": 0.05}
