@@ -7449,7 +7449,8 @@ def test_requests_and_stops_are_counted_by_model_status_and_cause():
         eventually(lambda: server.loaded() == [])
         assert server.chat("idler").status == 200
         eventually(lambda: server.loaded() == [])
-        metrics = metrics_of(server.get("/metrics").body.decode())
+        last = ("llmswap_requests_total", "model", "idler", "status", "200")
+        metrics = eventually(lambda: metrics_with(server, last))
     assert counted(metrics, "llmswap_requests_total") == {
         ("a", "200"): 1, ("b", "200"): 2, ("bad", "502"): 1, ("", "404"): 1,
         ("b", "499"): 1, ("b", "502"): 1, ("slow", "499"): 1, ("idler", "200"): 1,
