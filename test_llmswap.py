@@ -7571,7 +7571,7 @@ cmd = FAKE --load 60
 
 
 def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
-    with Llmswap(STORY) as server:
+    with Llmswap(STORY.replace("--load 0.6", "--load-until GATE")) as server:
         browser.look(390, "dark")
         browser.open(server.url)
         browser.click(row("endless", "[data-do=load]"))
@@ -7582,6 +7582,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         browser.until(shown(row("endless", ".state"), "unloaded by hand"))
         server.post("/models/load", {"model": "a"})  # and the page shows it by itself
         browser.until(shown(row("a", ".state"), "loading"))
+        server.gate.touch()
         browser.until(shown(row("a", ".state"), "loaded"))
         assert browser.value("document.title") == "a · llmswap"
         browser.click(row("a", "[data-do=log]"))
