@@ -105,7 +105,7 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def until(self, expression, timeout=10.0):
+    def until(self, expression, timeout=30.0):
         """The value of the expression as soon as it is true."""
         deadline = time.monotonic() + timeout
         while not (value := self.value(expression)):
