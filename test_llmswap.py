@@ -7718,7 +7718,7 @@ def test_requests_are_fetched_at_changes_once_a_second_and_not_while_hidden(brow
             assert server.chat("b").status == 200
         browser.until("recentKey.startsWith('800 ') && !isFetching")  # four steps each
         busy = browser.value(fetches)
-        assert busy <= 2 + (time.monotonic() - began)
+        assert busy <= 3 + (time.monotonic() - began)  # two may be of before
         age = f"parseInt({row('b', '.state span')}.innerText)"
         browser.until(f"{age} >= {browser.value(age) + 2}")  # it is shown each second
         assert browser.value(fetches) == busy
