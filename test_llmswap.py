@@ -7769,7 +7769,7 @@ ALL_STATES = """
 [llmswap]
 models-max = 3
 [*]
-idle-timeout = 15m
+idle-timeout = 15h
 [busy]
 cmd = FAKE
 alias = first, second
@@ -7794,7 +7794,7 @@ uses = busy
 """
 AT_A_GLANCE = {
     "busy": "first, second|For code|loaded|1 running|50 tok/s|512 MiB",
-    "still": "loaded|none|Unloads in|14 min",
+    "still": "loaded|none|Unloads in|14 h",
     "slow": "loading| %| s|1 waiting|Cancel",
     "dozy": "sleeping|512 MiB",
     "bad": "failed| s ago|exited with status 3|unexpected end of file|Try again",
@@ -7808,7 +7808,7 @@ AT_A_GLANCE = {
 def all_states(tmp_path_factory):
     """llmswap with a model in each state there is."""
     folder = tmp_path_factory.mktemp("states")
-    text = ALL_STATES.format(slow=slow_model(folder, seconds=60))
+    text = ALL_STATES.format(slow=slow_model(folder, seconds=9000))
     server = hasty(text, env={"PATH": f"{folder}:{os.environ['PATH']}"})
     show_gpu(folder, f"{server.folder}/journal")
     with server, server.connect() as waiting:
@@ -7823,11 +7823,13 @@ def all_states(tmp_path_factory):
 
 def test_gauges_show_the_present(all_states):
     progress = "llmswap_load_progress_ratio", "model", "slow"
+    gpu = "llmswap_model_gpu_memory_bytes", "model", "still"  # its tool may be late
+    eventually(lambda: metrics_with(all_states, gpu))
     metrics = eventually(lambda: metrics_with(all_states, progress))
     assert 0 < metrics[progress] < 0.9
     assert metrics["llmswap_requests_in_flight", "model", "busy"] == 1
     assert metrics["llmswap_requests_queued", "model", "slow"] == 1
-    assert metrics["llmswap_model_gpu_memory_bytes", "model", "still"] == 2**29
+    assert metrics[gpu] == 2**29
     assert metrics["llmswap_last_tokens_per_second", "model", "busy"] == 50
     assert metrics["llmswap_model_resident_memory_bytes", "model", "dozy"] > 2**20
     states = counted(metrics, "llmswap_model_state")
