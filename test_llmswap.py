@@ -8148,7 +8148,7 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
     with activation.Activator(quick_file(), tmp_path) as systemd:
         assert ask(systemd.port, "POST", CHAT, chat_body("a")).status == 200
         eventually(lambda: "idle for" in systemd.log())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while systemd.starts < 8:
             assert time.monotonic() < deadline, systemd.log()
             clients = []
@@ -8159,7 +8159,7 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
             for client in clients:
                 assert client.answer().status == 200
                 client.hang_up()
-            time.sleep(0.05 + random.uniform(-0.006, 0.004))  # its exit-idle-time
+            time.sleep(0.05 + random.uniform(-0.006, 0.008))  # its exit-idle-time
         eventually(lambda: len(systemd.statuses) == systemd.starts)
     assert set(systemd.statuses) == {0}
 
