@@ -8182,6 +8182,7 @@ def test_a_connection_in_the_backlog_cancels_the_idle_exit():
         server = llmswap.Server([listener], pool, lambda *_: None, application)
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
+            assert select.select([listener], [], [], 9)[0]
             assert not server.try_idle_exit()
             server.start()
             assert client.answer().status == 200
