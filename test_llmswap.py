@@ -8388,7 +8388,7 @@ def test_the_recipe_for_a_user_service_as_written_on_a_real_systemd(debian):
 def test_a_core_that_is_stuck_is_started_anew_by_a_real_systemd(debian):
     write_within(debian, f"[a]\ncmd = {fake_command()}\n")
     folder = "~/.config/systemd/user/llmswap.service.d"
-    debian(f"mkdir {folder}; printf '[Service]\nWatchdogSec=1\n' >{folder}/quick.conf; "
+    debian(f"mkdir {folder}; printf '[Service]\nWatchdogSec=3\n' >{folder}/quick.conf; "
            "systemctl --user daemon-reload")
     try:
         pid = chat_within(debian, "a").content().split()[1]
