@@ -8824,6 +8824,7 @@ def auto_server(tmp_path, text=AUTO_FILE, row="%s, %d", **constants):
     text = text.replace("STATE", str(tmp_path / "state"))
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     server = Llmswap(text, env=env, **constants)
+    server.needs = tmp_path / "state/needs.json"
     show_gpu(tmp_path, f"{server.folder}/journal", GPU_MODELS, row)
     with server:
         yield server
@@ -8834,9 +8835,11 @@ def entry_of(server, model):
 
 
 def measured_chat(server, model):
-    """Ask a model, and wait until its needs are measured; return what is loaded."""
+    """Ask a model, and wait until its needs are measured and saved; return what is
+    loaded."""
     assert server.chat(model).status == 200
     eventually(lambda: entry_of(server, model)["needs"]["source"] == "measured")
+    eventually(lambda: server.needs.exists() and model in server.needs.read_text())
     return server.loaded()
 
 
@@ -8857,7 +8860,7 @@ def test_models_of_unknown_size_are_loaded_alone_first_and_together_afterwards(t
         needs = entry_of(server, "large")["needs"]
         assert needs["vram"] == int(14 * GB * 1.05)
         server.kill()
-        eventually(lambda: not family(server.token), 5)
+        eventually(lambda: not family(server.token))
         server.start()
         for model in ("small", "middle"):  # it is known at once
             assert server.chat(model).status == 200
