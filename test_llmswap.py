@@ -8873,7 +8873,8 @@ def test_the_vendors_tool_is_asked_rarely_and_delays_nobody(tmp_path):
         lines = family(server.token).items()
         return [pid for pid, words in lines if words == "sleep 60"]
 
-    with auto_server(tmp_path) as server:
+    patient = Code("lambda question, timeout=60, ask=l.ask_gpus: ask(question, timeout)")
+    with auto_server(tmp_path, ask_gpus=patient) as server:
         server.get("/health")
         asked, tool = tmp_path / "asked", tmp_path / "nvidia-smi"
         at_start = asked.read_text().count("\n")
