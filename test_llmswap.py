@@ -9121,10 +9121,9 @@ def test_contexts_outlive_an_idle_exit(tmp_path):
     text = context_file(tmp_path, "idle-timeout = 20ms", settings)
     body = chat_body("a", talk="x", prompt_tokens=3000)
     with activation.Activator(text, tmp_path) as systemd:
-        for cached in (0, 3000):
+        for ended, cached in ((1, 0), (2, 3000)):
             answer = ask(systemd.port, "POST", CHAT, body).json()
             assert answer["timings"]["cache_n"] == cached
-            ended = len(systemd.statuses) + 1
             eventually(lambda ended=ended: len(systemd.statuses) == ended)
 
 
