@@ -9268,13 +9268,13 @@ def test_a_kill_of_llmswap_at_any_moment_leaves_nothing_that_is_half(tmp_path):
 
 def test_a_stop_during_a_restore_is_a_kill(tmp_path):
     with Keeping(tmp_path, "stop-timeout = 60") as server:
-        server.tell_and_swap()
+        server.tell_and_swap(prompt=30000)  # worth a minute
         server.fault("restore hang")
         client = ask_later(server, "a")
         eventually(lambda: server.actions("restore"))
         began = time.monotonic()
         unload(server, "a")
-        assert time.monotonic() - began < 3 and client.answer().status == 503
+        assert time.monotonic() - began < 20 and client.answer().status == 503
         assert server.tell() == 0 and server.complaints() == []
 
 
