@@ -9280,12 +9280,12 @@ def test_a_stop_during_a_restore_is_a_kill(tmp_path):
 
 def test_a_second_sigterm_ends_a_save_at_once(tmp_path):
     with Keeping(tmp_path, "stop-timeout = 60") as server:
-        server.tell(prompt=60000)  # worth 2 minutes
+        server.tell(prompt=600_000)  # worth 20 minutes: a save may take a minute
         server.fault("save hang")
         server.process.terminate()
         eventually(lambda: server.actions("save"))
         server.process.terminate()
-        assert server.process.wait(3) == 0 and server.complaints() == []
+        assert server.process.wait(20) == 0 and server.complaints() == []
         server.start()
         assert server.tell() == 0
         eventually(lambda: server.files() == [])
