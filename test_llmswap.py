@@ -9446,8 +9446,7 @@ def test_a_real_model_answers_streams_and_is_swapped_and_unloaded(real):
     eventually(lambda: real.get("/health").json()["requests"] == 0)
     answer = real.post("/v1/embeddings", {"model": "two", "input": "hello"})
     assert len(answer.json()["data"][0]["embedding"]) == 128
-    assert real.loaded() == ["two"]
-    eventually(lambda: real.loaded() == [])  # it was idle
+    eventually(lambda: real.loaded() == [])  # one was evicted, two was idle
 
 
 def test_a_real_model_that_cannot_be_loaded_says_why_in_its_own_words(real):
