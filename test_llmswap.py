@@ -9649,7 +9649,7 @@ def test_downloaded_models_are_served_without_a_file(tmp_path):
         assert entry_of(server, "one/tiny")["can_remove"]
         for name, size in (("one/tiny", "256"), ("second", "128")):
             assert server.post(CHAT, real_chat(name)).status == 200
-            args = entry_of(server, name)["status"]["args"]
+            args = eventually(lambda: entry_of(server, name)["status"]["args"])
             assert args[args.index("--ctx-size") + 1] == size and "--offline" in args
         assert server.post(CHAT, real_chat("two/tiny")).status == 404
 
