@@ -9715,12 +9715,12 @@ def test_a_hung_backend_is_restarted_unless_tokens_flow(units, machine, kind, re
     units.add("m", port=machine.port)
     sources = {"cmd": "cmd = FAKE", "unit": "unit = m.service", "remote": ""}
     proxy = "" if kind == "cmd" else f"proxy = http://127.0.0.1:{machine.port}"
-    text = f"[m]\n{sources[kind]}\n{proxy}\nhang-timeout = 500ms\nstop-timeout = 0.5\n"
+    text = f"[m]\n{sources[kind]}\n{proxy}\nhang-timeout = 1200ms\nstop-timeout = 0.5\n"
     if kind != "remote":
         machine.off()
     with brisk(text, env=units.env, STALL_CHECK_AFTER=0.1, POLL_INTERVAL=0.05) as server:
         assert server.chat("m").status == 200
-        with server.stream("m", tokens=24, interval=0.05) as stream:
+        with server.stream("m", tokens=34, interval=0.05) as stream:
             events, silent = stream.events(), server.connect()
             next(events)
             body = chat_body("m", hang=True, hang_health=True)
