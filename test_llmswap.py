@@ -4926,7 +4926,11 @@ def hospital():
     models = [f"m{number}" for number in range(30)]
     text = "".join(f"[{model}]\ncmd = FAKE --model {model}\n" for model in models)
     text += "[gone]\ncmd = /no/such/program ${PORT}\n"
-    with hasty("[llmswap]\nmodels-max = 0\n" + text, EARLY_HEAD_AFTER=9.0) as running:
+    slow = {"EARLY_HEAD_AFTER": 9.0}  # it looks longer for a death, which may be late
+    for name in ("died", "death"):
+        way = f"lambda backend, _, look=l.Backend.{name}: look(backend, 9.0)"
+        slow[f"Backend.{name}"] = Code(way)
+    with hasty("[llmswap]\nmodels-max = 0\n" + text, **slow) as running:
         running.victims = iter(models)
         yield running
 
