@@ -39,6 +39,7 @@ class Browser:
         for fd in fds:
             os.close(fd)
         self.complaints, self._session, self._received = [], {}, b""
+        self._page = ""  # which was opened last
         self._numbers = itertools.count(1)
         deadline = time.monotonic() + 20
         while not (pages := self._pages()):
@@ -86,11 +87,14 @@ class Browser:
             self.complaints.append(event["params"]["exceptionDetails"])
         elif event.get("method") == "Log.entryAdded":
             entry = event["params"]["entry"]
-            if entry["level"] == "error":
+            is_old = entry["source"] == "network" and self._page not in entry["url"]
+            if entry["level"] == "error" and not is_old:
                 self.complaints.append(entry["text"])
 
     def open(self, url):
-        """Go to a page; it may not be complete yet. Old complaints are dropped."""
+        """Go to a page; it may not be complete yet. Old complaints are dropped, also
+        those of its predecessor's connections that come later."""
+        self._page = url
         self.call("Page.navigate", url=url)
         self.complaints.clear()
 
