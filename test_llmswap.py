@@ -7557,6 +7557,10 @@ def browser():
         yield browser
 
 
+# an expression: whether the page has this width by now, and needs no more
+FITS = "innerWidth === {0} && document.documentElement.scrollWidth <= {0}"
+
+
 def row(name, selector=""):
     return f"document.querySelector('li[data-id=\"{name}\"] {selector}')"
 
@@ -7744,7 +7748,7 @@ def test_forty_models_fit_any_width_and_are_searched(browser, tmp_path):
             browser.look(width, "light")
             browser.open(server.url)
             browser.until(f"{rows}.length === 41")
-            assert browser.value("document.documentElement.scrollWidth") <= width
+            browser.until(FITS.format(width))
             browser.value("$('search').focus()")
             browser.type("NAME-17")
             browser.until(f"{visible}.length === 1")
@@ -7884,7 +7888,7 @@ def test_every_state_is_shown_at_any_width_in_light_and_dark(
         for word in words.split("|"):
             browser.until(shown(row(model), word))
     assert 0 < browser.value(row("slow", "progress") + ".value") < 0.9
-    assert browser.value("document.documentElement.scrollWidth") <= width
+    browser.until(FITS.format(width))
     assert browser.value((CI / "contrast.js").read_text()) == []
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
     darkest = max(map(int, re.findall(r"\d+", ground)))
