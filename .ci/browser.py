@@ -87,7 +87,8 @@ class Browser:
             self.complaints.append(event["params"]["exceptionDetails"])
         elif event.get("method") == "Log.entryAdded":
             entry = event["params"]["entry"]
-            is_old = entry["source"] == "network" and self._page not in entry["url"]
+            is_ours = self._page in entry.get("url", self._page)
+            is_old = entry["source"] == "network" and not is_ours
             if entry["level"] == "error" and not is_old:
                 self.complaints.append(entry["text"])
 
