@@ -9161,11 +9161,11 @@ def test_after_two_failures_no_context_of_a_command_is_kept(
     tmp_path, fault, action, reason
 ):
     with Keeping(tmp_path) as server:
-        server.fault(fault)  # "slow" is 0.5 s; to process the prompt again takes 4
+        server.fault(fault)  # "slow" is 0.5 s, twice what a save of 1300 tokens may take
         for _ in range(4):
             server.tell("another", prompt=600)  # no save and no failure
             server.tell("another", prompt=900)
-            server.tell_and_swap(prompt=2000)
+            server.tell_and_swap(prompt=1300)
         assert server.actions(action) == 2
         first, second = server.complaints(2)
         assert re.match(reason, first) and second.startswith(first)
