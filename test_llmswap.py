@@ -5002,7 +5002,7 @@ def read_until(mark, pieces):
 def test_streams_get_a_head_then_comments_during_a_load_unless_these_are_off(swap):
     with swap.stream("late") as stream:
         assert stream.headers["content-type"] == "text/event-stream"
-        assert swap.states()["late"] == "loading"
+        eventually(lambda: swap.states()["late"] == "loading")
         pieces = stream.client.pieces(stream.status, stream.headers)
         assert read_until(b":\n\n:\n\n", pieces) == b":\n\n:\n\n"
         swap.gate.touch()
