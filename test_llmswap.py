@@ -7601,6 +7601,7 @@ def test_a_model_is_loaded_asked_read_and_stopped_by_mouse(browser):
         assert browser.value("$('lines').scrollHeight > $('lines').clientHeight")
         below = "{const l = $('lines'); l.scrollHeight - l.clientHeight - l.scrollTop}"
         assert browser.value(below) < 2, "the end is not visible"
+        browser.until("snapshot.requests === 4")  # it shows a as loaded again
         browser.click("$('log').querySelector('button')")
         browser.until("!$('log').open")
         assert browser.value("document.activeElement.ariaLabel") == "Log a"
