@@ -2282,50 +2282,40 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell, so that any listener is believed."""
-    inodes = set()
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(AttributeError, OSError):
-            for message in _listeners(family, port):
-                address = message[24:40]
-                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
-                if is_loopback or not any(address):
-                    inodes.update(struct.unpack_from("=I", message, 84))
-    return inodes
-
-
-def _listeners(family, port):
-    """Yield an inet_diag_msg, with its header, for each socket that listens there.
+    the kernel does not tell, so that any listener is believed.
 
     Asked directly: to write its tables into /proc takes the kernel 20 ms and more.
     """
-    query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
-        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
-        kernel.settimeout(1.0)
-        kernel.send(query)
-        while True:
+    inodes = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        query = struct.pack(
+            "=IHH8xBB2xIH46x", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP,
+            family, socket.IPPROTO_TCP, LISTENING, socket.htons(port),
+        )
+        with contextlib.suppress(AttributeError, OSError), socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG
+        ) as kernel:
+            kernel.settimeout(1.0)
+            kernel.send(query)
             data = kernel.recv(65536)
-            while data:
-                size, kind = struct.unpack_from("=IH", data)
-                if kind != SOCK_DIAG_BY_FAMILY:
-                    return  # that was the last
-                yield data
-                data = data[(size + 3) & ~3 :]
+            while data[4] == SOCK_DIAG_BY_FAMILY:  # the last message is another
+                address = data[24:40]
+                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
+                if is_loopback or not any(address):
+                    inodes.update(struct.unpack_from("=I", data, 84))
+                (size,) = struct.unpack_from("=I", data)
+                data = data[(size + 3) & ~3 :] or kernel.recv(65536)
+    return inodes
 
 
 def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
     for pid in itertools.chain(likely, processes()):
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
                     return pid
-        except OSError:
-            continue  # gone, or another user's
     return None
 
 
@@ -2410,7 +2400,7 @@ class Upstream:
         self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+        self.mark_alive()
 
     @property
     def is_busy(self) -> bool:
@@ -2440,18 +2430,15 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        was_used = False
-        with contextlib.suppress(IndexError):
-            while not was_used:
-                sock, suspended = self._idle.pop()
-                was_suspended = suspended_seconds() > suspended + 1.0
-                rest_of_record = getattr(sock, "pending", int)()  # of TLS
-                has_input = rest_of_record or await_event(sock, select.POLLIN, 0)
-                was_used = not (was_suspended or has_input)
-                if not was_used:  # the backend has closed it, or sent bytes unasked
-                    sock.close()
-        if not was_used:
-            sock = self.dial(10.0)
+        for sock, suspended in self._take_idle():
+            is_stale = getattr(sock, "pending", int)()  # the rest of a TLS record
+            is_stale = is_stale or suspended_seconds() > suspended + 1.0
+            if not (is_stale or await_event(sock, select.POLLIN, 0)):
+                was_used = True
+                break
+            sock.close()  # the backend has closed it, or sent bytes unasked
+        else:
+            sock, was_used = self.dial(10.0), False
             sock.settimeout(POLL_INTERVAL)
             if not self.is_tls:
                 set_socket_timeouts(sock)
@@ -2461,12 +2448,18 @@ class Upstream:
             raise ConnectionAbortedError("the backend is being stopped")
         return sock, was_used
 
+    def _take_idle(self):
+        """Yield the idle connections, the youngest first, each to one thread only."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._idle.pop()
+
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self._idle.append((sock, self._suspended))
         if self._is_closed:  # perhaps since this moment
-            self._close_idle()
+            self.close()
 
     def drop(self, sock: socket.socket):
         """Close a connection for good; the backend notices and stops generating."""
@@ -2476,13 +2469,9 @@ class Upstream:
     def close(self):
         """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
-        self._close_idle()
+        for sock, _ in self._take_idle():
+            sock.close()
         cut(self._active)
-
-    def _close_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop()[0].close()
 
 
 def cut(sockets: Iterable[socket.socket]):
@@ -2718,20 +2707,21 @@ def check_start(model: Model):
 
 def check_files(model: Model, argv: Sequence[str]):
     """Raise LoadFailed if the program or a file of a llama-server is missing."""
-    cwd = model.settings.cwd or None
+    if not argv:
+        return
+    cwd = model.settings.cwd
+    if cwd and not os.path.isdir(cwd):
+        raise LoadFailed(f"{cwd} is not a folder (cwd)")
     words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
-    if argv:
-        if cwd and not os.path.isdir(cwd):
-            raise LoadFailed(f"{cwd} is not a folder (cwd)")
-        program = next(words, "env")
-        if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
-            program = argv[0]  # only env(1) knows what it will run
-        find_program(program, clean_environment(model.environment("0")), cwd)
+    program = next(words, "env")
+    if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
+        program = argv[0]  # only env(1) knows what it will run
+    find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
-            if option in ("--model", "--mmproj", "--model-draft"):
-                if not os.path.exists(os.path.join(cwd or "", path)):
-                    raise LoadFailed(f"{path} does not exist (option {option})")
+            is_file = option in ("--model", "--mmproj", "--model-draft")
+            if is_file and not os.path.exists(os.path.join(cwd, path)):
+                raise LoadFailed(f"{path} does not exist (option {option})")
 
 
 # -- a backend -------------------------------------------------------------------------
@@ -2789,39 +2779,39 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
+    pid = None  # of its main process, once known
+    lines = ()  # the last that it wrote, where they are read here
+    progress = None  # of a load, from 0 to 1, where that can be told
+    refusal = None  # the last answer to a health check of the load, for people
+    _problem = None  # why it ended by itself
+    _silent_since = None  # when a request was first found silent
+    _stranger = None  # the process that has its port, for people
+    _sleep_poll, _is_asleep = math.inf, False
+    _is_ready = _is_stop_asked = _is_kill_asked = False
+    _is_saving = False  # its context, though it is asked to stop
+
     def __init__(self, model: Model, listener, location: str = ""):
         """`location`: the unit or URL; "" for a child process, which has none yet."""
         self.model = model
         self.upstream = Upstream(model.url("")) if location else None
-        self.pid = None  # of its main process, once known
         self.port = self.upstream and self.upstream.port
         self.location = location  # pid and port, unit or URL, for people
-        self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
-        self.progress = None  # of a load, from 0 to 1, where that can be told
-        self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
         self._title = f"{model.name} ({location})" if location else model.name
         self._load_timeout = model.settings.load_timeout or math.inf
+        self._actions = collections.deque()  # what it is asked to do once it is ready
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
-        self._problem = None  # why it ended by itself
-        self._is_explained = threading.Event()
-        self._pending_action = None  # _put_to_sleep or _wake_up
-        self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
-        self._stranger = None  # the process that has its port, for people
-        self._own_inodes = None  # of its listeners
-        self._sleep_poll, self._is_asleep = math.inf, False
-        self._is_ready = self._is_stop_asked = self._is_kill_asked = False
-        self._is_saving = False  # its context, though it is asked to stop
+        self._own_inodes = set()  # of its listeners
 
     # -- called from any thread
 
     def start(self):
         """Begin to run on a thread of its own."""
-        start_thread(self._run, f"model {self.model.name}")
+        self._thread = start_thread(self._run, f"model {self.model.name}")
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
@@ -2831,20 +2821,22 @@ class Backend:
 
     def sleep(self):
         """Put it to sleep; one that does not fall asleep is stopped."""
-        self._pending_action = self._put_to_sleep
-        self._wakeup.set()
+        self._ask_for(self._put_to_sleep)
 
     def wake(self):
         """Wake it up; one that does not wake is started anew."""
         self.started_at, self.progress = time.monotonic(), None
-        self._pending_action = self._wake_up
-        self._wakeup.set()
+        self._ask_for(self._wake_up)
 
     def report_stall(self):
         """A request has been silent for long: check for a hang."""
         if self._silent_since is None and self.model.settings.hang_timeout:
             self._silent_since = time.monotonic()
-            self._wakeup.set()
+            self._ask_for(self._check_hang)
+
+    def _ask_for(self, action):
+        self._actions.append(action)
+        self._wakeup.set()
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
@@ -2859,47 +2851,39 @@ class Backend:
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
-        return self._problem if self._is_explained.wait(timeout) else None
+        self._thread.join(timeout)
+        return self._problem
 
     # -- its thread, from the start to the end
 
     def _run(self):
         try:
-            problem = self._live()
+            self._load_and_report()
+            while self._is_ready and self._is_alive():
+                if self._actions:
+                    self._actions.popleft()()
+                else:
+                    self._wait(self._sleep_poll)
+                    if self._sleep_poll < math.inf:
+                        self._look_asleep()
+            if not self._is_stop_asked:
+                if self._is_ready:
+                    self._report_death()
+                self._problem = self._failure()
         except APIError as error:
-            problem = error.with_traceback(None)  # its frames would keep us alive
-            problem.__context__ = None
+            error.__context__ = None
+            self._problem = error.with_traceback(None)  # its frames would keep us alive
         except Exception as error:  # a bug, or no descriptors are left
-            problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
-        self._problem = problem
-        self._is_explained.set()
+            text = f"{self.model.name}: {type(error).__name__}: {error}"
+            self._problem = LoadFailed(text)
         try:
             if self.upstream:
                 self.upstream.close()
             self._terminate()
         except OSError as error:
             self._note(f"while it was stopped: {error}")
-        self._listener.on_exited(self, problem)
+        self._listener.on_exited(self, self._problem)
         self._ended.set()
-
-    def _live(self):
-        self._load_and_report()
-        while self._is_ready and self._is_alive():
-            action = self._pending_action
-            if action:
-                self._pending_action = None  # before it runs: one set then must stay
-                action()
-            elif self._silent_since is not None:
-                self._check_hang()
-            else:
-                self._wait(self._sleep_poll)
-                if self._sleep_poll < math.inf:
-                    self._look_asleep()
-        if self._is_stop_asked:
-            return None
-        if self._is_ready:
-            self._report_death()
-        return self._failure()
 
     def _load_and_report(self):
         self._is_ready = self._load()
@@ -3062,11 +3046,10 @@ class Backend:
             return True
         may_hide = self.model.kind != "llama-server"
         for pause in (0.2, 0.0):  # the first may be the child's, which is ending
-            self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes != self._own_inodes:
-                self._stranger = foreign_listener(inodes, self.pid, may_hide)
+            new = listening_inodes(self.upstream.port) - self._own_inodes
+            self._stranger = foreign_listener(new, self.pid, may_hide)
             if self._stranger is None:
-                self._own_inodes = inodes
+                self._own_inodes |= new
                 return True
             self._exited.wait(pause)
         return False
@@ -3102,9 +3085,9 @@ class Backend:
     def _wake_up(self):
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
-            with contextlib.suppress(LoadTimeout):
-                is_awake = self._await_healthy()
+        timeout = min(self._load_timeout, MAX_WAIT)
+        with contextlib.suppress(LoadTimeout):
+            is_awake = self._probe_all(timeout, requests) and self._await_healthy()
         self._is_asleep = False
         if is_awake:
             self._report_loaded()
@@ -3140,7 +3123,7 @@ class ProcessBackend(Backend):
         self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None  # the last that was started
-        self._is_output_read = threading.Event()
+        self._reader = None  # the thread that reads its output
 
     # -- load
 
@@ -3169,7 +3152,7 @@ class ProcessBackend(Backend):
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        self._stranger = self._own_inodes = None
+        self._stranger, self._own_inodes = None, set()
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
@@ -3177,9 +3160,8 @@ class ProcessBackend(Backend):
         self._process = self._guard.spawn(argv, **files, **self._surroundings)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
-        self._is_output_read.clear()
         try:
-            start_thread(self._read_output, "output", self._process)
+            self._reader = start_thread(self._read_output, "output", self._process)
             start_thread(self._await_exit, "exit")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
@@ -3214,7 +3196,6 @@ class ProcessBackend(Backend):
                     self._wakeup.set()
         if exit_fd is not None:
             os.close(exit_fd)
-        self._is_output_read.set()
 
     def _await_exit(self):
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
@@ -3269,7 +3250,8 @@ class ProcessBackend(Backend):
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        self._is_output_read.wait(0.5)
+        if self._reader:
+            self._reader.join(0.5)
         self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
