@@ -2485,8 +2485,8 @@ def set_socket_timeouts(sock: socket.socket):
     """Let reads and writes block for POLL_INTERVAL at most, without a poll for each."""
     sock.settimeout(None)
     interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, interval)
 
 
 def await_event(file, event: int, seconds: float) -> bool:
@@ -2975,7 +2975,7 @@ class Backend:
         limit = self._load_timeout
         self._began = self._looked_at = time.monotonic()
         self.progress, self.refusal = None, None
-        self._model_size, self._seen_activity = 0, set()
+        self._seen_activity = set()
         while self._may_become_ready():
             asked_at = time.monotonic()
             left = self._progress_at + limit - asked_at
@@ -3011,10 +3011,9 @@ class Backend:
         if activity not in self._seen_activity:
             self._seen_activity.add(activity)
             self._progress_at = self._looked_at
-        before = self.progress
-        self._model_size = self._model_size or sum(map(model_file_size, family))
-        if self._model_size:
-            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
+        before, size = self.progress, sum(map(model_file_size, family))
+        if size:
+            share = min(0.99, round(memory / size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3148,7 +3147,6 @@ class ProcessBackend(Backend):
         cwd, output = model.settings.cwd or None, subprocess.STDOUT
         self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
         argv = self._command()
-        find_program(argv[0], environment, cwd)
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
@@ -3204,8 +3202,8 @@ class ProcessBackend(Backend):
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_early and self.upstream.port != self.port:
+        patience = 0.0 if self.upstream.port == self.port else HEALTH_TIMEOUT
+        if time.monotonic() < self._began + patience:
             self._stranger = None
         return self._is_alive() and not self._stranger
 
