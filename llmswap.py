@@ -2535,11 +2535,8 @@ class Guard:
     from a dead one. Any thread may call.
     """
 
-    current = None  # the one of this process
-
     def __init__(self):
-        Guard.current = self
-        self._read_end, self.fd = os.pipe()
+        self._read_end = self.fd = None  # until the first start
         self._lock = threading.Lock()  # of the process and the groups
         self._groups = set()
         self._process = None
@@ -2549,6 +2546,8 @@ class Guard:
         with self._lock:
             if self._process and self._process.poll() is None:
                 return
+            if self.fd is None:
+                self._read_end, self.fd = os.pipe()
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
                 stdin=self._read_end,
@@ -2587,6 +2586,9 @@ class Guard:
         if self._process:
             self._process.kill()
             self._process.wait()
+
+
+GUARD = Guard()
 
 
 # -- before a start --------------------------------------------------------------------
@@ -2632,26 +2634,25 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         "stderr": subprocess.DEVNULL,
         **more,
     }
-    guard, deadline = Guard.current or Guard(), time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
-        process = guard.spawn(argv, **options)
+        process = GUARD.spawn(argv, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     output = None
     with process.stdout:
         while output is None:
-            is_over = process.poll() is not None or until()
-            is_over = is_over or time.monotonic() >= deadline
+            is_over = process.poll() is not None or time.monotonic() >= deadline
             try:
                 output, _ = process.communicate(timeout=0.1)
             except subprocess.TimeoutExpired as error:
-                if is_over:  # what it started may hold its output open
+                if is_over or until():  # what it started may hold its output open
                     output = error.output or b""
     status = process.poll()
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    guard.forget(process.pid)
+    GUARD.forget(process.pid)
     return status, output.decode("utf-8", "replace").strip()
 
 
@@ -2974,25 +2975,22 @@ class Backend:
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self._load_timeout
         self._began = self._looked_at = time.monotonic()
-        self.progress, self.refusal = None, None
-        self._seen_activity = set()
+        self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
-            asked_at = time.monotonic()
-            left = self._progress_at + limit - asked_at
-            probe = self._probe(min(HEALTH_TIMEOUT, left))
+            probe = self._probe(HEALTH_TIMEOUT)
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} has a bad certificate: {probe.reason}")
-            self._look_at_load()
-            now = time.monotonic()
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
+            self._look_at_load()
+            now = time.monotonic()
             if now >= self._progress_at + limit:
                 text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
-            time.sleep(max(0.0, asked_at + 0.005 - now))
+            time.sleep(0.005)
             self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
         return False
 
@@ -3116,10 +3114,9 @@ class Backend:
 class ProcessBackend(Backend):
     """A model server that is a child process, in a session and group of its own."""
 
-    def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
+    def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener)
         self.lines = collections.deque(maxlen=200)
-        self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None  # the last that was started
         self._reader = None  # the thread that reads its output
@@ -3154,8 +3151,8 @@ class ProcessBackend(Backend):
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE, "bufsize": 0}
-        self._process = self._guard.spawn(argv, **files, **self._surroundings)
+        files = {"stdin": GUARD.fd, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._process = GUARD.spawn(argv, **files, **self._surroundings)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
         try:
@@ -3247,7 +3244,7 @@ class ProcessBackend(Backend):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
-        self._guard.forget(self.pid)
+        GUARD.forget(self.pid)
         if self._reader:
             self._reader.join(0.5)
         self._process.wait()
@@ -3321,12 +3318,10 @@ def _kernel_counts(path, name):
 # What servers write when memory is short: llama.cpp with CUDA, ROCm, Vulkan, Metal and
 # without a GPU; PyTorch; vLLM; and our own words for the kernel's killer.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|ErrorOutOf(Device|Host)Memory|insufficient memory"
+    r"out ?of ?(device|host)? ?memory|insufficient memory|cannot allocate memory"
     r"|unable to allocate \S+ buffer|failed to allocate (?!context\b|.*pinned)"
-    r"|memory allocation of size \d+ failed|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
-    r"|cannot allocate memory|^MemoryError"
-    r"|Free memory on device .* is less than desired GPU memory utilization"
-    r"|No available memory for the cache blocks"
+    r"|memory allocation of size \d+ failed|STATUS_ALLOC_FAILED|bad_alloc|^MemoryError"
+    r"|Free memory on device .* is less than|No available memory for the cache blocks"
     r"|larger than the (available KV cache memory|maximum number of tokens that can)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -4359,7 +4354,6 @@ class Pool:
         self._contexts = ContextStore()
         self._log = log
         self._clock = clock
-        self._guard = Guard.current or Guard()
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
         self._outputs = {}  # by model: Broadcast of lines
@@ -4394,7 +4388,7 @@ class Pool:
     def start(self):
         """Start the timer, adopt units that run, and load the models of
         load-on-startup and keep-loaded."""
-        self._guard.start()
+        GUARD.start()
         self._contexts.configure(self.config)
         self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
@@ -4867,12 +4861,11 @@ class Pool:
         return backend
 
     def _backend_of_kind(self, model, listener):
-        settle_timeout = self.config.settings.settle_timeout
+        arguments = model, listener, self.config.settings.settle_timeout
         if model.kind == "unit":
-            return UnitBackend(model, listener, settle_timeout)
+            return UnitBackend(*arguments)
         if model.kind == "remote":
             return RemoteBackend(model, listener)
-        arguments = model, listener, self._guard, settle_timeout
         if model.context_dir:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
@@ -5025,7 +5018,7 @@ class Pool:
                 backend.stop()  # also one that is falling asleep
         with self._lock:
             self._changed.wait_for(lambda: not self._backends)
-        self._guard.close()
+        GUARD.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
