@@ -2323,8 +2323,8 @@ def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
 ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
-def process_stat(pid: int) -> Optional[ProcessStat]:
-    """Return what /proc says of the process, or None if it has ended."""
+def process_stat(pid: Optional[int]) -> Optional[ProcessStat]:
+    """Return what /proc says of the process, or None if there is none."""
     fields = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not fields:
         return None
@@ -2367,7 +2367,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     may_hide = may_hide and child_stat.state not in "ZX"  # the dead have no listener
     for inode in inodes:
         holder = holder_of(inode, [child])
-        owner = process_stat(holder) if holder else None
+        owner = process_stat(holder)
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
