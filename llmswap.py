@@ -3144,6 +3144,7 @@ class ProcessBackend(Backend):
         cwd, output = model.settings.cwd or None, subprocess.STDOUT
         self._surroundings = {"env": environment, "cwd": cwd, "stderr": output}
         argv = self._command()
+        find_program(argv[0], environment, cwd)
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
