@@ -2787,7 +2787,7 @@ class Backend:
     _problem = None  # why it ended by itself
     _silent_since = None  # when a request was first found silent
     _stranger = None  # the process that has its port, for people
-    _sleep_poll, _is_asleep = math.inf, False
+    _sleep_poll, _is_asleep = None, False
     _is_ready = _is_stop_asked = _is_kill_asked = False
     _is_saving = False  # its context, though it is asked to stop
 
@@ -2800,7 +2800,7 @@ class Backend:
         self.started_at = self._progress_at = time.monotonic()
         self._listener = listener
         self._title = f"{model.name} ({location})" if location else model.name
-        self._load_timeout = model.settings.load_timeout or math.inf
+        self._load_timeout = min(model.settings.load_timeout or math.inf, MAX_WAIT)
         self._actions = collections.deque()  # what it is asked to do once it is ready
         self._wakeup = threading.Event()
         self._exited = threading.Event()
@@ -2865,7 +2865,7 @@ class Backend:
                     self._actions.popleft()()
                 else:
                     self._wait(self._sleep_poll)
-                    if self._sleep_poll < math.inf:
+                    if self._sleep_poll:
                         self._look_asleep()
             if not self._is_stop_asked:
                 if self._is_ready:
@@ -2924,7 +2924,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(seconds, MAX_DURATION))
+        self._wakeup.wait(seconds)
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -3019,8 +3019,8 @@ class Backend:
         """A request is silent: without an answer to health in time, too, it hangs."""
         limit = self.model.settings.hang_timeout
         until = self._silent_since + limit
-        while self._is_alive() and time.monotonic() < until:
-            if self._probe(until - time.monotonic()).status is not None:
+        while self._is_alive() and (left := until - time.monotonic()) > 0:
+            if self._probe(left).status is not None:
                 break
             self._wait(min(1.0, until - time.monotonic()))
         else:
@@ -3082,9 +3082,9 @@ class Backend:
     def _wake_up(self):
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        timeout = min(self._load_timeout, MAX_WAIT)
         with contextlib.suppress(LoadTimeout):
-            is_awake = self._probe_all(timeout, requests) and self._await_healthy()
+            is_awake = self._probe_all(self._load_timeout, requests)
+            is_awake = is_awake and self._await_healthy()
         self._is_asleep = False
         if is_awake:
             self._report_loaded()
@@ -3130,10 +3130,9 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            is_port_chosen = self.upstream.port == self.port
             is_taken = self._stranger or not self._is_listener_ours()
-            may_repeat = is_healthy or is_port_chosen and is_taken
-            if self._is_stop_asked or not may_repeat:
+            is_taken = is_taken and self.upstream.port == self.port
+            if self._is_stop_asked or not (is_healthy or is_taken):
                 return False
             self._terminate()
         return False
