@@ -2833,7 +2833,7 @@ class Backend:
         """A request has been silent for long: check for a hang."""
         if self._silent_since is None and self.model.settings.hang_timeout:
             self._silent_since = time.monotonic()
-            self._ask_for(self._check_hang)
+            self._wakeup.set()
 
     def _ask_for(self, action):
         self._actions.append(action)
@@ -2863,6 +2863,8 @@ class Backend:
             while self._is_ready and self._is_alive():
                 if self._actions:
                     self._actions.popleft()()
+                elif self._silent_since is not None:
+                    self._check_hang()
                 else:
                     self._wait(self._sleep_poll)
                     if self._sleep_poll:
