@@ -2797,7 +2797,7 @@ class Backend:
         self.upstream = Upstream(model.url("")) if location else None
         self.port = self.upstream and self.upstream.port
         self.location = location  # pid and port, unit or URL, for people
-        self.started_at = self._progress_at = time.monotonic()
+        self.started_at = time.monotonic()
         self._listener = listener
         self._title = f"{model.name} ({location})" if location else model.name
         self._load_timeout = min(model.settings.load_timeout or math.inf, MAX_WAIT)
@@ -2897,7 +2897,6 @@ class Backend:
         """Start it and wait until it is healthy; False: it ended, or is to end."""
         self._exited.clear()
         self._spawn()
-        self._progress_at = time.monotonic()
         return self._await_healthy()
 
     def _is_alive(self):
@@ -2976,7 +2975,7 @@ class Backend:
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self._load_timeout
-        self._began = self._looked_at = time.monotonic()
+        self._began = self._looked_at = self._progress_at = time.monotonic()
         self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
             probe = self._probe(HEALTH_TIMEOUT)
@@ -3082,8 +3081,7 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        self._progress_at, is_awake = time.monotonic(), False
-        requests = self.model.settings.wake or (WAKE_REQUEST,)
+        is_awake, requests = False, self.model.settings.wake or (WAKE_REQUEST,)
         with contextlib.suppress(LoadTimeout):
             is_awake = self._probe_all(self._load_timeout, requests)
             is_awake = is_awake and self._await_healthy()
@@ -3101,10 +3099,10 @@ class Backend:
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
         probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
-        match = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        if match and self._is_asleep != (match[1] == b"true"):
-            self._is_asleep = not self._is_asleep
-            if self._is_asleep:
+        is_asleep = b'"is_sleeping":true' in probe.body.replace(b" ", b"")
+        if probe.ok and self._is_asleep != is_asleep:
+            self._is_asleep = is_asleep
+            if is_asleep:
                 self._listener.on_slept(self)
             else:
                 self._report_loaded()
