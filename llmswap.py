@@ -2430,29 +2430,26 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        for sock, suspended in self._take_idle():
-            is_stale = getattr(sock, "pending", int)()  # the rest of a TLS record
-            is_stale = is_stale or suspended_seconds() > suspended + 1.0
-            if not (is_stale or await_event(sock, select.POLLIN, 0)):
-                was_used = True
-                break
-            sock.close()  # the backend has closed it, or sent bytes unasked
-        else:
-            sock, was_used = self.dial(10.0), False
-            sock.settimeout(POLL_INTERVAL)
-            if not self.is_tls:
-                set_socket_timeouts(sock)
+        with contextlib.suppress(IndexError):  # when no idle one is left
+            while True:
+                sock, suspended = self._idle.pop()
+                is_stale = suspended_seconds() > suspended + 1.0
+                has_input = getattr(sock, "pending", int)()  # the rest of a TLS record
+                if not (is_stale or has_input or await_event(sock, select.POLLIN, 0)):
+                    return self._count(sock), True
+                sock.close()  # the backend has closed it, or sent bytes unasked
+        sock = self.dial(10.0)
+        sock.settimeout(POLL_INTERVAL)
+        if not self.is_tls:
+            set_socket_timeouts(sock)
+        return self._count(sock), False
+
+    def _count(self, sock):
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
             raise ConnectionAbortedError("the backend is being stopped")
-        return sock, was_used
-
-    def _take_idle(self):
-        """Yield the idle connections, the youngest first, each to one thread only."""
-        with contextlib.suppress(IndexError):
-            while True:
-                yield self._idle.pop()
+        return sock
 
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
@@ -2469,9 +2466,10 @@ class Upstream:
     def close(self):
         """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
-        for sock, _ in self._take_idle():
-            sock.close()
         cut(self._active)
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop()[0].close()
 
 
 def cut(sockets: Iterable[socket.socket]):
