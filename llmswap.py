@@ -3729,12 +3729,19 @@ def systemctl(unit: str, verb: str, *options: str, **more):
     return run_command(argv, **more)
 
 
+def unit_properties(unit: str, *names: str, **more) -> List[str]:
+    """Return the values of these properties, "unknown" where systemd is silent."""
+    _, text = systemctl(unit, "show", "-p", ",".join(names), **more)
+    values = dict(row.partition("=")[::2] for row in text.split("\n"))
+    return [values.get(name, "unknown") for name in names]
+
+
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-    more = {"until": gives_up, "stderr": subprocess.DEVNULL}  # without warnings
-    states = {unit: systemctl(unit, "is-active", **more)[1] for unit in units}
-    return {unit for unit, state in states.items() if state in RUNNING}
+    more = {"until": gives_up}
+    states = {unit: unit_properties(unit, "ActiveState", **more) for unit in units}
+    return {unit for unit, [state] in states.items() if state in RUNNING}
 
 
 class UnitBackend(Backend):
@@ -3751,14 +3758,13 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self._load_timeout
-        deadline = time.monotonic() + limit
         if not self._is_started:
-            systemctl(self.location, "reset-failed")
             self._is_started = True
+            systemctl(self.location, "reset-failed")
+            began, limit = time.monotonic(), self._load_timeout
             limits = {"timeout": limit, "until": lambda: self._is_stop_asked}
             status, text = systemctl(self.location, "start", **limits)
-            if status is None and time.monotonic() >= deadline:
+            if status is None and time.monotonic() >= began + limit:
                 raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
@@ -3769,9 +3775,11 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
-        self.pid = int(shown["MainPID"]) or None
-        return shown["ActiveState"] in RUNNING
+        main, state = unit_properties(self.location, "MainPID", "ActiveState")
+        if state == "unknown":
+            return True
+        self.pid = int(main) or None
+        return state in RUNNING
 
     def _watch_unit(self, exited):
         """Wait until its main process ends or, without one, systemd says so."""
@@ -3801,22 +3809,15 @@ class UnitBackend(Backend):
             systemctl(self.location, "kill", "--signal=KILL")
             systemctl(self.location, "stop")
         self._exited.set()
-        self._is_ready = self._is_started = False
+        self._is_started = False
         settle(gpu_users, self._settle_timeout)
-
-    def _show(self, **defaults):
-        """Return these properties of the unit, the defaults if systemd is silent."""
-        _, text = systemctl(self.location, "show", "-p", ",".join(defaults))
-        shown = dict(row.partition("=")[::2] for row in text.split("\n"))
-        return {**defaults, **shown}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
-        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
+        names = "MainPID", "ActiveState", "Result", "ExecMainStatus"
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show(**dict.fromkeys(properties, "unknown"))
-            main, state, result, status = (shown[name] for name in properties)
+            main, state, result, status = unit_properties(self.location, *names)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
