@@ -3569,15 +3569,14 @@ class LlamaServerBackend(ProcessBackend):
     def _save_context(self):
         """Save what the slots hold, now that no request is left: in `stop-timeout` and
         a tenth of the time to process the prompts again; what takes longer fails."""
-        if self._is_asleep or self._is_kill_asked:
-            return  # asleep, it holds nothing, and a question would wake it
+        if self._is_asleep:
+            return  # it holds nothing, and a question would wake it
         if self._unused and self._is_useless:
             self._count_failure("the restored context was of no use")
+        digest, slots, self._is_saving = self._digest, [], True
         is_wanted = self._contexts.size_of(self.model.context_dir) is not None
-        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
-        slots, self._is_saving = [], True
         try:
-            if self._digest and is_wanted and not is_failing:
+            if digest and is_wanted and self._contexts.failures[digest] < MAX_FAILURES:
                 slots = self._save_slots(time.monotonic())
         except (OSError, *MALFORMED) as error:
             self._count_failure(f"context was not saved: {error}")
@@ -3611,12 +3610,12 @@ class LlamaServerBackend(ProcessBackend):
         return slots
 
     def _count_failure(self, text):
-        is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
-        if not is_stop_asked:  # else that is why
-            self._contexts.failures[self._digest] += 1
-            if self._contexts.failures[self._digest] >= MAX_FAILURES:
-                text += "; no more contexts are kept"
-            self._note(text)
+        if self._is_kill_asked or (self._is_stop_asked and not self._is_ready):
+            return  # that is why
+        self._contexts.failures[self._digest] += 1
+        if self._contexts.failures[self._digest] >= MAX_FAILURES:
+            text += "; no more contexts are kept"
+        self._note(text)
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
@@ -3997,26 +3996,26 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
         return {}
     tool = os.path.join(os.path.dirname(server), "llama-fit-params")
     _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
-    known = {}  # how many values follow, by option
-    for match in OPTION_HELP.finditer(text):
-        count = len((match[2] or "").split())
-        known.update(dict.fromkeys(re.split(", +", match[1]), count))
-    if "-fitp" not in known:
+    counts = {  # of values that follow, by option
+        option: len(values.split())
+        for options, values, _ in OPTION_HELP.findall(text)
+        for option in re.split(", +", options)
+    }
+    if "-fitp" not in counts:
         return {}
-    command, words = [tool], iter([*argv[1:], "--offline"])
+    command, words = [tool], iter([*argv[1:], "--offline", "-fitp", "on"])
     for word in words:
-        if word in known:
-            command += [word, *itertools.islice(words, known[word])]
-    command += ["-fitp", "on"]
+        if word in counts:
+            command += [word, *itertools.islice(words, counts[word])]
     more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
     _, text = run_command(command, TOOL_TIMEOUT, **more)
-    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
+    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     for name, *megabytes in rows:
         is_host = name.lower() == "host"
         amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
     companions = size_of_files(argv, cwd or "", COMPANION_OPTIONS)
-    amounts["vram" if len(rows) > 1 else "ram"] += companions
+    amounts["vram" if amounts["vram"] else "ram"] += companions
     return amounts if rows else {}
 
 
