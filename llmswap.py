@@ -4149,7 +4149,8 @@ def _command_key(model):
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
-LOOK_EVERY = 1.0  # s, at most, unless a model is new
+LOOK_EVERY = 1.0  # s, at most, unless the configuration is new
+INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
 GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
     rb"\0[\w-]+\.(\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
@@ -4188,29 +4189,26 @@ class Inspector:
     """
 
     def __init__(self):
-        self._details = {}  # by name: (model, Details)
+        self._looked = [], {}  # the models of the last look, and their Details by name
+        self._look = threading.Thread()  # the last one at files
+        self._next_look_at = 0.0
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
-        self._looked_at = -math.inf
-        self._look = threading.Thread()  # the last look at files
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-        is_due = is_due or len(self._known(models)) < len(models)
-        if is_due and not self._look.is_alive():
-            self._look = start_thread(self._inspect_all, "files", list(models))
-            self._looked_at = time.monotonic()
+        looked_at, details = self._looked
+        if looked_at != models:  # the configuration is new
+            details, self._next_look_at = {}, 0.0
+        self._looked = models, details
+        if time.monotonic() >= self._next_look_at and not self._look.is_alive():
+            self._next_look_at = time.monotonic() + LOOK_EVERY
+            self._look = start_thread(self._inspect_all, "files", models, details)
         self._look.join(LOOK_TIMEOUT)
-        return {**{model.name: Details() for model in models}, **self._known(models)}
+        return {model.name: details.get(model.name, Details()) for model in models}
 
-    def _known(self, models):
-        """Return the Details by name of those of the models that were looked at."""
-        pairs = ((model, self._details.get(model.name)) for model in models)
-        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
-
-    def _inspect_all(self, models):
+    def _inspect_all(self, models, details):
         for model in models:
-            self._details[model.name] = model, self._inspect(model)
+            details[model.name] = self._inspect(model)
 
     def _inspect(self, model):
         table, problem = table_of(model), None
@@ -4223,24 +4221,19 @@ class Inspector:
             problem = error.with_traceback(None)
         if table is None:
             return Details(argv, problem=problem)
-        options, inputs = table.read(argv[1:]), ["text"]
-        header = self._header(model, options.get("--model", ""))
-        projector = self._header(model, options.get("--mmproj", ""))
-        for encoder, name in (("vision", "image"), ("audio", "audio")):
-            if projector.get(f"has_{encoder}_encoder"):
-                inputs.append(name)
-        trained = header.get("context_length")
+        options, facts = table.read(argv[1:]), {}
+        for name in ("--mmproj", "--model"):
+            with contextlib.suppress(OSError, ValueError):
+                path = os.path.join(model.settings.cwd, options.get(name, ""))
+                file = os.stat(path)
+                facts.update(self._read_once(path, file.st_size, file.st_mtime_ns))
+        encoders = [each for each in INPUTS if facts.get(f"has_{each}_encoder")]
+        inputs = ["text", *(INPUTS[each] for each in encoders)]
+        trained = facts.get("context_length")
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
         return Details(argv, model.preset(table), options, problem, inputs, meta)
-
-    def _header(self, model, path):
-        with contextlib.suppress(OSError, ValueError):
-            path = os.path.join(model.settings.cwd, path)
-            status = os.stat(path)
-            return self._read_once(path, status.st_size, status.st_mtime_ns)
-        return {}
 
 
 # ==================================================================================
@@ -7356,7 +7349,6 @@ LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 TEXT_LIMIT = 500  # characters of a text from a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
-INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
