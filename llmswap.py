@@ -3416,19 +3416,16 @@ class ContextStore:
         saved = self._saved.get(folder, SavedContext())
         return saved.size if folder in self._folders else None
 
-    def pop(self, folder: str) -> SavedContext:
-        """Return what was saved there and forget it: it is used once. Raise OSError."""
+    def exchange(self, folder: str, context=SavedContext()) -> SavedContext:
+        """Return what was saved there, and forget it for another context, if any; the
+        oldest contexts beyond the limit go. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
+            before = self._saved.pop(folder, SavedContext())
+            if context.slots:
+                self._saved[folder] = context
+            if context.slots or before.slots:
                 self._update()
-            return saved or SavedContext()
-
-    def put(self, folder: str, context: SavedContext):
-        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
-        with self._lock:
-            self._saved[folder] = context
-            self._update()
+            return before
 
     def _update(self):
         for folder, context in [*self._saved.items()]:
@@ -3543,7 +3540,7 @@ class LlamaServerBackend(ProcessBackend):
         self._longest = 0  # tokens that an answer of this run left in a slot
         self._is_useless = False
         try:
-            saved = self._contexts.pop(self.model.context_dir)
+            saved = self._contexts.exchange(self.model.context_dir)
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
             is_whole = sum(map(os.path.getsize, paths)) == saved.size
             if saved.slots and saved.command != self._digest:
@@ -3605,7 +3602,7 @@ class LlamaServerBackend(ProcessBackend):
                 slots.append((number, path, answer["n_saved"]))
         if slots:
             saved = SavedContext(self._digest, self._speed, size, slots)
-            self._contexts.put(self.model.context_dir, saved)
+            self._contexts.exchange(self.model.context_dir, saved)
             self._tell("saved", saved, began)
         return slots
 
@@ -3635,8 +3632,7 @@ class LlamaServerBackend(ProcessBackend):
         written. Raise OSError; TimeoutError if it is late."""
         request = "GET", target, ""
         if path:
-            body = json.dumps({"filename": os.path.basename(path)})
-            request = "POST", target, body
+            request = "POST", target, json.dumps({"filename": os.path.basename(path)})
         probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
@@ -3680,7 +3676,7 @@ def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes"):
         return f"{process_name(pid)} holds GPU memory"
-    use = max((use for use, in ask_gpus("use")), default=0)
+    [use] = max(ask_gpus("use"), default=[0])
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 

@@ -9131,7 +9131,7 @@ def test_a_broken_manifest_of_contexts_counts_as_none(tmp_path, text):
     manifest.write_text(text.replace("F", folder))
     store = llmswap.ContextStore()
     store.configure(config)
-    assert store.pop(folder) == llmswap.SavedContext()
+    assert store.exchange(folder) == llmswap.SavedContext()
     assert json.loads(manifest.read_text()) == {}
 
 
