@@ -3984,7 +3984,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     """Return the bytes of `vram` and `ram` that the llama-fit-params beside the model's
     llama-server prints for those options that it has, projector and draft model added;
     {} if it prints none. Takes 20 s at most."""
-    cwd = model.settings.cwd or None
+    cwd = model.settings.cwd
     try:
         argv = model.command(table_of(model), "0")
         server = os.path.realpath(find_program(argv[0], os.environ, cwd))
@@ -4003,14 +4003,14 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     for word in words:
         if word in counts:
             command += [word, *itertools.islice(words, counts[word])]
-    more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
+    more = {"env": clean_environment(model.environment("0")), "cwd": cwd or None}
     _, text = run_command(command, TOOL_TIMEOUT, **more)
     amounts = {"vram": 0, "ram": 0}
     rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     for name, *megabytes in rows:
         is_host = name.lower() == "host"
         amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
-    companions = size_of_files(argv, cwd or "", COMPANION_OPTIONS)
+    companions = size_of_files(argv, cwd, COMPANION_OPTIONS)
     amounts["vram" if amounts["vram"] else "ram"] += companions
     return amounts if rows else {}
 
