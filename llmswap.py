@@ -2282,50 +2282,40 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell, so that any listener is believed."""
-    inodes = set()
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(AttributeError, OSError):
-            for message in _listeners(family, port):
-                address = message[24:40]
-                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
-                if is_loopback or not any(address):
-                    inodes.update(struct.unpack_from("=I", message, 84))
-    return inodes
-
-
-def _listeners(family, port):
-    """Yield an inet_diag_msg, with its header, for each socket that listens there.
+    the kernel does not tell, so that any listener is believed.
 
     Asked directly: to write its tables into /proc takes the kernel 20 ms and more.
     """
-    query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
-        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
-        kernel.settimeout(1.0)
-        kernel.send(query)
-        while True:
+    inodes = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        query = struct.pack(
+            "=IHH8xBB2xIH46x", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP,
+            family, socket.IPPROTO_TCP, LISTENING, socket.htons(port),
+        )
+        with contextlib.suppress(AttributeError, OSError), socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG
+        ) as kernel:
+            kernel.settimeout(1.0)
+            kernel.send(query)
             data = kernel.recv(65536)
-            while data:
-                size, kind = struct.unpack_from("=IH", data)
-                if kind != SOCK_DIAG_BY_FAMILY:
-                    return  # that was the last
-                yield data
-                data = data[(size + 3) & ~3 :]
+            while data[4] == SOCK_DIAG_BY_FAMILY:  # the last message is another
+                address = data[24:40]
+                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
+                if is_loopback or not any(address):
+                    inodes.update(struct.unpack_from("=I", data, 84))
+                (size,) = struct.unpack_from("=I", data)
+                data = data[(size + 3) & ~3 :] or kernel.recv(65536)
+    return inodes
 
 
 def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
     for pid in itertools.chain(likely, processes()):
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
                     return pid
-        except OSError:
-            continue  # gone, or another user's
     return None
 
 
@@ -2333,8 +2323,8 @@ def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
 ProcessStat = namedtuple("ProcessStat", "state group session start resident")
 
 
-def process_stat(pid: int) -> Optional[ProcessStat]:
-    """Return what /proc says of the process, or None if it has ended."""
+def process_stat(pid: Optional[int]) -> Optional[ProcessStat]:
+    """Return what /proc says of the process, or None if there is none."""
     fields = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not fields:
         return None
@@ -2377,7 +2367,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     may_hide = may_hide and child_stat.state not in "ZX"  # the dead have no listener
     for inode in inodes:
         holder = holder_of(inode, [child])
-        owner = process_stat(holder) if holder else None
+        owner = process_stat(holder)
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
@@ -2410,7 +2400,7 @@ class Upstream:
         self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+        self.mark_alive()
 
     @property
     def is_busy(self) -> bool:
@@ -2440,18 +2430,15 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        was_used = False
-        with contextlib.suppress(IndexError):
-            while not was_used:
-                sock, suspended = self._idle.pop()
-                was_suspended = suspended_seconds() > suspended + 1.0
-                rest_of_record = getattr(sock, "pending", int)()  # of TLS
-                has_input = rest_of_record or await_event(sock, select.POLLIN, 0)
-                was_used = not (was_suspended or has_input)
-                if not was_used:  # the backend has closed it, or sent bytes unasked
-                    sock.close()
-        if not was_used:
-            sock = self.dial(10.0)
+        for sock, suspended in self._take_idle():
+            is_stale = getattr(sock, "pending", int)()  # the rest of a TLS record
+            is_stale = is_stale or suspended_seconds() > suspended + 1.0
+            if not (is_stale or await_event(sock, select.POLLIN, 0)):
+                was_used = True
+                break
+            sock.close()  # the backend has closed it, or sent bytes unasked
+        else:
+            sock, was_used = self.dial(10.0), False
             sock.settimeout(POLL_INTERVAL)
             if not self.is_tls:
                 set_socket_timeouts(sock)
@@ -2461,12 +2448,18 @@ class Upstream:
             raise ConnectionAbortedError("the backend is being stopped")
         return sock, was_used
 
+    def _take_idle(self):
+        """Yield the idle connections, the youngest first, each to one thread only."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._idle.pop()
+
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self._idle.append((sock, self._suspended))
         if self._is_closed:  # perhaps since this moment
-            self._close_idle()
+            self.close()
 
     def drop(self, sock: socket.socket):
         """Close a connection for good; the backend notices and stops generating."""
@@ -2476,13 +2469,9 @@ class Upstream:
     def close(self):
         """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
-        self._close_idle()
+        for sock, _ in self._take_idle():
+            sock.close()
         cut(self._active)
-
-    def _close_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop()[0].close()
 
 
 def cut(sockets: Iterable[socket.socket]):
@@ -2496,8 +2485,8 @@ def set_socket_timeouts(sock: socket.socket):
     """Let reads and writes block for POLL_INTERVAL at most, without a poll for each."""
     sock.settimeout(None)
     interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, interval)
 
 
 def await_event(file, event: int, seconds: float) -> bool:
@@ -2546,11 +2535,8 @@ class Guard:
     from a dead one. Any thread may call.
     """
 
-    current = None  # the one of this process
-
     def __init__(self):
-        Guard.current = self
-        self._read_end, self.fd = os.pipe()
+        self._read_end = self.fd = None  # until the first start
         self._lock = threading.Lock()  # of the process and the groups
         self._groups = set()
         self._process = None
@@ -2560,6 +2546,8 @@ class Guard:
         with self._lock:
             if self._process and self._process.poll() is None:
                 return
+            if self.fd is None:
+                self._read_end, self.fd = os.pipe()
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
                 stdin=self._read_end,
@@ -2598,6 +2586,9 @@ class Guard:
         if self._process:
             self._process.kill()
             self._process.wait()
+
+
+GUARD = Guard()
 
 
 # -- before a start --------------------------------------------------------------------
@@ -2643,26 +2634,25 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         "stderr": subprocess.DEVNULL,
         **more,
     }
-    guard, deadline = Guard.current or Guard(), time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
-        process = guard.spawn(argv, **options)
+        process = GUARD.spawn(argv, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     output = None
     with process.stdout:
         while output is None:
-            is_over = process.poll() is not None or until()
-            is_over = is_over or time.monotonic() >= deadline
+            is_over = process.poll() is not None or time.monotonic() >= deadline
             try:
                 output, _ = process.communicate(timeout=0.1)
             except subprocess.TimeoutExpired as error:
-                if is_over:  # what it started may hold its output open
+                if is_over or until():  # what it started may hold its output open
                     output = error.output or b""
     status = process.poll()
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    guard.forget(process.pid)
+    GUARD.forget(process.pid)
     return status, output.decode("utf-8", "replace").strip()
 
 
@@ -2718,20 +2708,21 @@ def check_start(model: Model):
 
 def check_files(model: Model, argv: Sequence[str]):
     """Raise LoadFailed if the program or a file of a llama-server is missing."""
-    cwd = model.settings.cwd or None
+    if not argv:
+        return
+    cwd = model.settings.cwd
+    if cwd and not os.path.isdir(cwd):
+        raise LoadFailed(f"{cwd} is not a folder (cwd)")
     words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
-    if argv:
-        if cwd and not os.path.isdir(cwd):
-            raise LoadFailed(f"{cwd} is not a folder (cwd)")
-        program = next(words, "env")
-        if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
-            program = argv[0]  # only env(1) knows what it will run
-        find_program(program, clean_environment(model.environment("0")), cwd)
+    program = next(words, "env")
+    if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
+        program = argv[0]  # only env(1) knows what it will run
+    find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
-            if option in ("--model", "--mmproj", "--model-draft"):
-                if not os.path.exists(os.path.join(cwd or "", path)):
-                    raise LoadFailed(f"{path} does not exist (option {option})")
+            is_file = option in ("--model", "--mmproj", "--model-draft")
+            if is_file and not os.path.exists(os.path.join(cwd, path)):
+                raise LoadFailed(f"{path} does not exist (option {option})")
 
 
 # -- a backend -------------------------------------------------------------------------
@@ -2789,39 +2780,39 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
+    pid = None  # of its main process, once known
+    lines = ()  # the last that it wrote, where they are read here
+    progress = None  # of a load, from 0 to 1, where that can be told
+    refusal = None  # the last answer to a health check of the load, for people
+    _problem = None  # why it ended by itself
+    _silent_since = None  # when a request was first found silent
+    _stranger = None  # the process that has its port, for people
+    _sleep_poll, _is_asleep = None, False
+    _is_ready = _is_stop_asked = _is_kill_asked = False
+    _is_saving = False  # its context, though it is asked to stop
+
     def __init__(self, model: Model, listener, location: str = ""):
         """`location`: the unit or URL; "" for a child process, which has none yet."""
         self.model = model
         self.upstream = Upstream(model.url("")) if location else None
-        self.pid = None  # of its main process, once known
         self.port = self.upstream and self.upstream.port
         self.location = location  # pid and port, unit or URL, for people
-        self.lines = ()  # the last that it wrote, where they are read here
         self.started_at = self._progress_at = time.monotonic()
-        self.progress = None  # of a load, from 0 to 1, where that can be told
-        self.refusal = None  # the last answer to a health check of the load, for people
         self._listener = listener
         self._title = f"{model.name} ({location})" if location else model.name
-        self._load_timeout = model.settings.load_timeout or math.inf
+        self._load_timeout = min(model.settings.load_timeout or math.inf, MAX_WAIT)
+        self._actions = collections.deque()  # what it is asked to do once it is ready
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
-        self._problem = None  # why it ended by itself
-        self._is_explained = threading.Event()
-        self._pending_action = None  # _put_to_sleep or _wake_up
-        self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
-        self._stranger = None  # the process that has its port, for people
-        self._own_inodes = None  # of its listeners
-        self._sleep_poll, self._is_asleep = math.inf, False
-        self._is_ready = self._is_stop_asked = self._is_kill_asked = False
-        self._is_saving = False  # its context, though it is asked to stop
+        self._own_inodes = set()  # of its listeners
 
     # -- called from any thread
 
     def start(self):
         """Begin to run on a thread of its own."""
-        start_thread(self._run, f"model {self.model.name}")
+        self._thread = start_thread(self._run, f"model {self.model.name}")
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
@@ -2831,20 +2822,22 @@ class Backend:
 
     def sleep(self):
         """Put it to sleep; one that does not fall asleep is stopped."""
-        self._pending_action = self._put_to_sleep
-        self._wakeup.set()
+        self._ask_for(self._put_to_sleep)
 
     def wake(self):
         """Wake it up; one that does not wake is started anew."""
         self.started_at, self.progress = time.monotonic(), None
-        self._pending_action = self._wake_up
-        self._wakeup.set()
+        self._ask_for(self._wake_up)
 
     def report_stall(self):
         """A request has been silent for long: check for a hang."""
         if self._silent_since is None and self.model.settings.hang_timeout:
             self._silent_since = time.monotonic()
             self._wakeup.set()
+
+    def _ask_for(self, action):
+        self._actions.append(action)
+        self._wakeup.set()
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
@@ -2859,47 +2852,41 @@ class Backend:
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
-        return self._problem if self._is_explained.wait(timeout) else None
+        self._thread.join(timeout)
+        return self._problem
 
     # -- its thread, from the start to the end
 
     def _run(self):
         try:
-            problem = self._live()
+            self._load_and_report()
+            while self._is_ready and self._is_alive():
+                if self._actions:
+                    self._actions.popleft()()
+                elif self._silent_since is not None:
+                    self._check_hang()
+                else:
+                    self._wait(self._sleep_poll)
+                    if self._sleep_poll:
+                        self._look_asleep()
+            if not self._is_stop_asked:
+                if self._is_ready:
+                    self._report_death()
+                self._problem = self._failure()
         except APIError as error:
-            problem = error.with_traceback(None)  # its frames would keep us alive
-            problem.__context__ = None
+            error.__context__ = None
+            self._problem = error.with_traceback(None)  # its frames would keep us alive
         except Exception as error:  # a bug, or no descriptors are left
-            problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
-        self._problem = problem
-        self._is_explained.set()
+            text = f"{self.model.name}: {type(error).__name__}: {error}"
+            self._problem = LoadFailed(text)
         try:
             if self.upstream:
                 self.upstream.close()
             self._terminate()
         except OSError as error:
             self._note(f"while it was stopped: {error}")
-        self._listener.on_exited(self, problem)
+        self._listener.on_exited(self, self._problem)
         self._ended.set()
-
-    def _live(self):
-        self._load_and_report()
-        while self._is_ready and self._is_alive():
-            action = self._pending_action
-            if action:
-                self._pending_action = None  # before it runs: one set then must stay
-                action()
-            elif self._silent_since is not None:
-                self._check_hang()
-            else:
-                self._wait(self._sleep_poll)
-                if self._sleep_poll < math.inf:
-                    self._look_asleep()
-        if self._is_stop_asked:
-            return None
-        if self._is_ready:
-            self._report_death()
-        return self._failure()
 
     def _load_and_report(self):
         self._is_ready = self._load()
@@ -2939,7 +2926,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(seconds, MAX_DURATION))
+        self._wakeup.wait(seconds)
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -2990,25 +2977,22 @@ class Backend:
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self._load_timeout
         self._began = self._looked_at = time.monotonic()
-        self.progress, self.refusal = None, None
-        self._model_size, self._seen_activity = 0, set()
+        self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
-            asked_at = time.monotonic()
-            left = self._progress_at + limit - asked_at
-            probe = self._probe(min(HEALTH_TIMEOUT, left))
+            probe = self._probe(HEALTH_TIMEOUT)
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} has a bad certificate: {probe.reason}")
-            self._look_at_load()
-            now = time.monotonic()
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
+            self._look_at_load()
+            now = time.monotonic()
             if now >= self._progress_at + limit:
                 text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
-            time.sleep(max(0.0, asked_at + 0.005 - now))
+            time.sleep(0.005)
             self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
         return False
 
@@ -3027,10 +3011,9 @@ class Backend:
         if activity not in self._seen_activity:
             self._seen_activity.add(activity)
             self._progress_at = self._looked_at
-        before = self.progress
-        self._model_size = self._model_size or sum(map(model_file_size, family))
-        if self._model_size:
-            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
+        before, size = self.progress, sum(map(model_file_size, family))
+        if size:
+            share = min(0.99, round(memory / size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3038,8 +3021,8 @@ class Backend:
         """A request is silent: without an answer to health in time, too, it hangs."""
         limit = self.model.settings.hang_timeout
         until = self._silent_since + limit
-        while self._is_alive() and time.monotonic() < until:
-            if self._probe(until - time.monotonic()).status is not None:
+        while self._is_alive() and (left := until - time.monotonic()) > 0:
+            if self._probe(left).status is not None:
                 break
             self._wait(min(1.0, until - time.monotonic()))
         else:
@@ -3062,11 +3045,10 @@ class Backend:
             return True
         may_hide = self.model.kind != "llama-server"
         for pause in (0.2, 0.0):  # the first may be the child's, which is ending
-            self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes != self._own_inodes:
-                self._stranger = foreign_listener(inodes, self.pid, may_hide)
+            new = listening_inodes(self.upstream.port) - self._own_inodes
+            self._stranger = foreign_listener(new, self.pid, may_hide)
             if self._stranger is None:
-                self._own_inodes = inodes
+                self._own_inodes |= new
                 return True
             self._exited.wait(pause)
         return False
@@ -3102,9 +3084,9 @@ class Backend:
     def _wake_up(self):
         self._progress_at, is_awake = time.monotonic(), False
         requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
-            with contextlib.suppress(LoadTimeout):
-                is_awake = self._await_healthy()
+        with contextlib.suppress(LoadTimeout):
+            is_awake = self._probe_all(self._load_timeout, requests)
+            is_awake = is_awake and self._await_healthy()
         self._is_asleep = False
         if is_awake:
             self._report_loaded()
@@ -3134,13 +3116,12 @@ class Backend:
 class ProcessBackend(Backend):
     """A model server that is a child process, in a session and group of its own."""
 
-    def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
+    def __init__(self, model: Model, listener, settle_timeout: float):
         super().__init__(model, listener)
         self.lines = collections.deque(maxlen=200)
-        self._guard = guard
         self._settle_timeout = settle_timeout
         self._process = None  # the last that was started
-        self._is_output_read = threading.Event()
+        self._reader = None  # the thread that reads its output
 
     # -- load
 
@@ -3151,10 +3132,9 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            is_port_chosen = self.upstream.port == self.port
             is_taken = self._stranger or not self._is_listener_ours()
-            may_repeat = is_healthy or is_port_chosen and is_taken
-            if self._is_stop_asked or not may_repeat:
+            is_taken = is_taken and self.upstream.port == self.port
+            if self._is_stop_asked or not (is_healthy or is_taken):
                 return False
             self._terminate()
         return False
@@ -3169,17 +3149,16 @@ class ProcessBackend(Backend):
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        self._stranger = self._own_inodes = None
+        self._stranger, self._own_inodes = None, set()
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE, "bufsize": 0}
-        self._process = self._guard.spawn(argv, **files, **self._surroundings)
+        files = {"stdin": GUARD.fd, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._process = GUARD.spawn(argv, **files, **self._surroundings)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
-        self._is_output_read.clear()
         try:
-            start_thread(self._read_output, "output", self._process)
+            self._reader = start_thread(self._read_output, "output", self._process)
             start_thread(self._await_exit, "exit")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
@@ -3214,7 +3193,6 @@ class ProcessBackend(Backend):
                     self._wakeup.set()
         if exit_fd is not None:
             os.close(exit_fd)
-        self._is_output_read.set()
 
     def _await_exit(self):
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
@@ -3223,8 +3201,8 @@ class ProcessBackend(Backend):
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_early and self.upstream.port != self.port:
+        patience = 0.0 if self.upstream.port == self.port else HEALTH_TIMEOUT
+        if time.monotonic() < self._began + patience:
             self._stranger = None
         return self._is_alive() and not self._stranger
 
@@ -3268,8 +3246,9 @@ class ProcessBackend(Backend):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
-        self._guard.forget(self.pid)
-        self._is_output_read.wait(0.5)
+        GUARD.forget(self.pid)
+        if self._reader:
+            self._reader.join(0.5)
         self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
@@ -3341,12 +3320,10 @@ def _kernel_counts(path, name):
 # What servers write when memory is short: llama.cpp with CUDA, ROCm, Vulkan, Metal and
 # without a GPU; PyTorch; vLLM; and our own words for the kernel's killer.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|ErrorOutOf(Device|Host)Memory|insufficient memory"
+    r"out ?of ?(device|host)? ?memory|insufficient memory|cannot allocate memory"
     r"|unable to allocate \S+ buffer|failed to allocate (?!context\b|.*pinned)"
-    r"|memory allocation of size \d+ failed|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
-    r"|cannot allocate memory|^MemoryError"
-    r"|Free memory on device .* is less than desired GPU memory utilization"
-    r"|No available memory for the cache blocks"
+    r"|memory allocation of size \d+ failed|STATUS_ALLOC_FAILED|bad_alloc|^MemoryError"
+    r"|Free memory on device .* is less than|No available memory for the cache blocks"
     r"|larger than the (available KV cache memory|maximum number of tokens that can)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -4368,7 +4345,6 @@ class Pool:
         self._contexts = ContextStore()
         self._log = log
         self._clock = clock
-        self._guard = Guard.current or Guard()
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
         self._outputs = {}  # by model: Broadcast of lines
@@ -4403,7 +4379,7 @@ class Pool:
     def start(self):
         """Start the timer, adopt units that run, and load the models of
         load-on-startup and keep-loaded."""
-        self._guard.start()
+        GUARD.start()
         self._contexts.configure(self.config)
         self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
@@ -4876,12 +4852,11 @@ class Pool:
         return backend
 
     def _backend_of_kind(self, model, listener):
-        settle_timeout = self.config.settings.settle_timeout
+        arguments = model, listener, self.config.settings.settle_timeout
         if model.kind == "unit":
-            return UnitBackend(model, listener, settle_timeout)
+            return UnitBackend(*arguments)
         if model.kind == "remote":
             return RemoteBackend(model, listener)
-        arguments = model, listener, self._guard, settle_timeout
         if model.context_dir:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
         return ProcessBackend(*arguments)
@@ -5034,7 +5009,7 @@ class Pool:
                 backend.stop()  # also one that is falling asleep
         with self._lock:
             self._changed.wait_for(lambda: not self._backends)
-        self._guard.close()
+        GUARD.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""

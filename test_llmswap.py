@@ -2144,9 +2144,9 @@ def test_a_random_walk_over_all_events(is_calm):
 class WatchedBackend:
     """A backend in this process, and its listener."""
 
-    def __init__(self, model, guard):
+    def __init__(self, model):
         self.events = queue.SimpleQueue()
-        self.backend = llmswap.ProcessBackend(model, self, guard, 0.0)
+        self.backend = llmswap.ProcessBackend(model, self, 0.0)
         self.backend.start()
 
     def on_loaded(self, _):
@@ -2180,10 +2180,9 @@ class WatchedBackend:
 
 @pytest.fixture(scope="module")
 def guard():
-    guard = llmswap.Guard()
-    guard.start()
-    yield guard
-    guard.close()
+    llmswap.GUARD.start()
+    yield llmswap.GUARD
+    llmswap.GUARD.close()
 
 
 @pytest.fixture
@@ -2193,7 +2192,7 @@ def begin(guard, tmp_path):
 
     def begin(*flags, **keys):
         model = model_of(tmp_path, *flags, **keys)
-        all_watched.append(WatchedBackend(model, guard))
+        all_watched.append(WatchedBackend(model))
         return all_watched[-1]
 
     yield begin
@@ -2335,7 +2334,7 @@ def test_the_guard_forgets_a_command_that_has_ended(guard):
 def test_a_score_that_the_kernel_refuses_is_told(guard, tmp_path):
     model = model_of(tmp_path)
     settings = model.settings._replace(oom_score_adj=2000)  # even to root
-    watched = WatchedBackend(model._replace(settings=settings), guard)
+    watched = WatchedBackend(model._replace(settings=settings))
     watched.loaded()
     eventually(lambda: watched.wrote("llmswap: oom-score-adj 2000 was refused"))
     assert watched.stop() is None
@@ -2635,7 +2634,7 @@ def order_to(name):
 def test_a_child_that_ends_while_it_is_looked_at_is_no_stranger(
     tmp_path, monkeypatch, later, is_reaped, is_ours
 ):
-    backend = llmswap.ProcessBackend(model_of(tmp_path), None, None, 0.0)
+    backend = llmswap.ProcessBackend(model_of(tmp_path), None, 0.0)
     backend.upstream = SimpleNamespace(host="127.0.0.1", port=1)
     child = subprocess.Popen(["true"])
     eventually(lambda: llmswap.process_stat(child.pid).state == "Z")
@@ -8290,7 +8289,7 @@ def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkey
         pool._timer.notify()
     systemd.until_silence()
     pool._is_closed = True
-    pool._guard.close()
+    llmswap.GUARD.close()
 
 
 def no_models():
