@@ -2791,14 +2791,16 @@ class Backend:
     _is_ready = _is_stop_asked = _is_kill_asked = False
     _is_saving = False  # its context, though it is asked to stop
 
-    def __init__(self, model: Model, listener, location: str = ""):
-        """`location`: the unit or URL; "" for a child process, which has none yet."""
+    def __init__(self, model: Model, listener, settle_timeout: float):
+        is_child = model.kind in ("llama-server", "cmd")  # it has no place yet
+        location = "" if is_child else model.settings.unit or model.url("")
         self.model = model
         self.upstream = Upstream(model.url("")) if location else None
         self.port = self.upstream and self.upstream.port
         self.location = location  # pid and port, unit or URL, for people
         self.started_at = self._progress_at = time.monotonic()
         self._listener = listener
+        self._settle_timeout = settle_timeout
         self._title = f"{model.name} ({location})" if location else model.name
         self._load_timeout = min(model.settings.load_timeout or math.inf, MAX_WAIT)
         self._actions = collections.deque()  # what it is asked to do once it is ready
@@ -3116,12 +3118,12 @@ class Backend:
 class ProcessBackend(Backend):
     """A model server that is a child process, in a session and group of its own."""
 
-    def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener)
+    _process = None  # the last that was started
+    _reader = None  # the thread that reads its output
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.lines = collections.deque(maxlen=200)
-        self._settle_timeout = settle_timeout
-        self._process = None  # the last that was started
-        self._reader = None  # the thread that reads its output
 
     # -- load
 
@@ -3719,10 +3721,7 @@ def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
-    def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, model.settings.unit)
-        self._settle_timeout = settle_timeout
-        self._is_started = False
+    _is_started = False
 
     def adopt(self):
         """Begin with a unit that runs already, ready or not."""
@@ -3825,9 +3824,7 @@ class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
 
-    def __init__(self, model: Model, listener):
-        super().__init__(model, listener, model.url(""))
-        self._next_packet = 0.0
+    _next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
         """See Backend. It is asked unless it gave a sign of life lately."""
@@ -4853,13 +4850,10 @@ class Pool:
 
     def _backend_of_kind(self, model, listener):
         arguments = model, listener, self.config.settings.settle_timeout
-        if model.kind == "unit":
-            return UnitBackend(*arguments)
-        if model.kind == "remote":
-            return RemoteBackend(model, listener)
         if model.context_dir:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
-        return ProcessBackend(*arguments)
+        kinds = {"unit": UnitBackend, "remote": RemoteBackend}
+        return kinds.get(model.kind, ProcessBackend)(*arguments)
 
     def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
