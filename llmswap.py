@@ -3759,8 +3759,7 @@ class UnitBackend(Backend):
             if exited.wait(interval) or not self._is_active():
                 break
         if fd is not None:
-            while not await_event(fd, select.POLLIN, MAX_WAIT):
-                pass
+            await_event(fd, select.POLLIN, -1)  # for as long as it takes
             os.close(fd)
         exited.set()
         self._interrupt()
