@@ -2792,14 +2792,16 @@ class Backend:
     _is_ready = _is_stop_asked = _is_kill_asked = False
     _is_saving = False  # its context, though it is asked to stop
 
-    def __init__(self, model: Model, listener, location: str = ""):
-        """`location`: the unit or URL; "" for a child process, which has none yet."""
+    def __init__(self, model: Model, listener, settle_timeout: float):
+        is_child = model.kind in ("llama-server", "cmd")  # it has no place yet
+        location = "" if is_child else model.settings.unit or model.url("")
         self.model = model
         self.upstream = Upstream(model.url("")) if location else None
         self.port = self.upstream and self.upstream.port
         self.location = location  # pid and port, unit or URL, for people
         self.started_at = time.monotonic()
         self._listener = listener
+        self._settle_timeout = settle_timeout
         self._title = f"{model.name} ({location})" if location else model.name
         self._load_timeout = min(model.settings.load_timeout or math.inf, MAX_WAIT)
         self._actions = collections.deque()  # what it is asked to do once it is ready
@@ -3115,12 +3117,12 @@ class Backend:
 class ProcessBackend(Backend):
     """A model server that is a child process, in a session and group of its own."""
 
-    def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener)
+    _process = None  # the last that was started
+    _reader = None  # the thread that reads its output
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.lines = collections.deque(maxlen=200)
-        self._settle_timeout = settle_timeout
-        self._process = None  # the last that was started
-        self._reader = None  # the thread that reads its output
 
     def died(self, timeout: float) -> bool:
         """See Backend. A process that is just ending, whose connections are closed
@@ -3405,19 +3407,16 @@ class ContextStore:
         saved = self._saved.get(folder, SavedContext())
         return saved.size if folder in self._folders else None
 
-    def pop(self, folder: str) -> SavedContext:
-        """Return what was saved there and forget it: it is used once. Raise OSError."""
+    def exchange(self, folder: str, context=SavedContext()) -> SavedContext:
+        """Return what was saved there, and forget it for another context, if any; the
+        oldest contexts beyond the limit go. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
+            before = self._saved.pop(folder, SavedContext())
+            if context.slots:
+                self._saved[folder] = context
+            if context.slots or before.slots:
                 self._update()
-            return saved or SavedContext()
-
-    def put(self, folder: str, context: SavedContext):
-        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
-        with self._lock:
-            self._saved[folder] = context
-            self._update()
+            return before
 
     def _update(self):
         for folder, context in [*self._saved.items()]:
@@ -3532,7 +3531,7 @@ class LlamaServerBackend(ProcessBackend):
         self._longest = 0  # tokens that an answer of this run left in a slot
         self._is_useless = False
         try:
-            saved = self._contexts.pop(self.model.context_dir)
+            saved = self._contexts.exchange(self.model.context_dir)
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
             is_whole = sum(map(os.path.getsize, paths)) == saved.size
             if saved.slots and saved.command != self._digest:
@@ -3558,15 +3557,14 @@ class LlamaServerBackend(ProcessBackend):
     def _save_context(self):
         """Save what the slots hold, now that no request is left: in `stop-timeout` and
         a tenth of the time to process the prompts again; what takes longer fails."""
-        if self._is_asleep or self._is_kill_asked:
-            return  # asleep, it holds nothing, and a question would wake it
+        if self._is_asleep:
+            return  # it holds nothing, and a question would wake it
         if self._unused and self._is_useless:
             self._count_failure("the restored context was of no use")
+        digest, slots, self._is_saving = self._digest, [], True
         is_wanted = self._contexts.size_of(self.model.context_dir) is not None
-        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
-        slots, self._is_saving = [], True
         try:
-            if self._digest and is_wanted and not is_failing:
+            if digest and is_wanted and self._contexts.failures[digest] < MAX_FAILURES:
                 slots = self._save_slots(time.monotonic())
         except (OSError, *MALFORMED) as error:
             self._count_failure(f"context was not saved: {error}")
@@ -3595,17 +3593,17 @@ class LlamaServerBackend(ProcessBackend):
                 slots.append((number, path, answer["n_saved"]))
         if slots:
             saved = SavedContext(self._digest, self._speed, size, slots)
-            self._contexts.put(self.model.context_dir, saved)
+            self._contexts.exchange(self.model.context_dir, saved)
             self._tell("saved", saved, began)
         return slots
 
     def _count_failure(self, text):
-        is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
-        if not is_stop_asked:  # else that is why
-            self._contexts.failures[self._digest] += 1
-            if self._contexts.failures[self._digest] >= MAX_FAILURES:
-                text += "; no more contexts are kept"
-            self._note(text)
+        if self._is_kill_asked or (self._is_stop_asked and not self._is_ready):
+            return  # that is why
+        self._contexts.failures[self._digest] += 1
+        if self._contexts.failures[self._digest] >= MAX_FAILURES:
+            text += "; no more contexts are kept"
+        self._note(text)
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
@@ -3625,8 +3623,7 @@ class LlamaServerBackend(ProcessBackend):
         written. Raise OSError; TimeoutError if it is late."""
         request = "GET", target, ""
         if path:
-            body = json.dumps({"filename": os.path.basename(path)})
-            request = "POST", target, body
+            request = "POST", target, json.dumps({"filename": os.path.basename(path)})
         probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
@@ -3670,7 +3667,7 @@ def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
     for pid, _ in ask_gpus("processes", TOOL_TIMEOUT):
         return f"{process_name(pid)} holds GPU memory"
-    use = max((use for use, in ask_gpus("use", TOOL_TIMEOUT)), default=0)
+    [use] = max(ask_gpus("use", TOOL_TIMEOUT), default=[0])
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 
@@ -3718,21 +3715,25 @@ def systemctl(unit: str, verb: str, *options: str, **more):
     return run_command(argv, **more)
 
 
+def unit_properties(unit: str, *names: str, **more) -> List[str]:
+    """Return the values of these properties, "unknown" where systemd is silent."""
+    _, text = systemctl(unit, "show", "-p", ",".join(names), **more)
+    values = dict(row.partition("=")[::2] for row in text.split("\n"))
+    return [values.get(name, "unknown") for name in names]
+
+
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-    more = {"until": gives_up, "stderr": subprocess.DEVNULL}  # without warnings
-    states = {unit: systemctl(unit, "is-active", **more)[1] for unit in units}
-    return {unit for unit, state in states.items() if state in RUNNING}
+    more = {"until": gives_up}
+    states = {unit: unit_properties(unit, "ActiveState", **more) for unit in units}
+    return {unit for unit, [state] in states.items() if state in RUNNING}
 
 
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
-    def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, model.settings.unit)
-        self._settle_timeout = settle_timeout
-        self._is_started = False
+    _is_started = False
 
     def adopt(self):
         """Begin with a unit that runs already, ready or not."""
@@ -3740,14 +3741,13 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self._load_timeout
-        deadline = time.monotonic() + limit
         if not self._is_started:
-            systemctl(self.location, "reset-failed")
             self._is_started = True
+            systemctl(self.location, "reset-failed")
+            began, limit = time.monotonic(), self._load_timeout
             limits = {"timeout": limit, "until": lambda: self._is_stop_asked}
             status, text = systemctl(self.location, "start", **limits)
-            if status is None and time.monotonic() >= deadline:
+            if status is None and time.monotonic() >= began + limit:
                 raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
@@ -3758,9 +3758,11 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
-        self.pid = int(shown["MainPID"]) or None
-        return shown["ActiveState"] in RUNNING
+        main, state = unit_properties(self.location, "MainPID", "ActiveState")
+        if state == "unknown":
+            return True
+        self.pid = int(main) or None
+        return state in RUNNING
 
     def _watch_unit(self, exited):
         """Wait until its main process ends or, without one, systemd says so."""
@@ -3769,8 +3771,7 @@ class UnitBackend(Backend):
             if exited.wait(interval) or not self._is_active():
                 break
         if fd is not None:
-            while not await_event(fd, select.POLLIN, MAX_WAIT):
-                pass
+            await_event(fd, select.POLLIN, -1)  # for as long as it takes
             os.close(fd)
         exited.set()
         self._interrupt()
@@ -3790,22 +3791,15 @@ class UnitBackend(Backend):
             systemctl(self.location, "kill", "--signal=KILL")
             systemctl(self.location, "stop")
         self._exited.set()
-        self._is_ready = self._is_started = False
+        self._is_started = False
         settle(gpu_users, self._settle_timeout)
-
-    def _show(self, **defaults):
-        """Return these properties of the unit, the defaults if systemd is silent."""
-        _, text = systemctl(self.location, "show", "-p", ",".join(defaults))
-        shown = dict(row.partition("=")[::2] for row in text.split("\n"))
-        return {**defaults, **shown}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
-        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
+        names = "MainPID", "ActiveState", "Result", "ExecMainStatus"
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show(**dict.fromkeys(properties, "unknown"))
-            main, state, result, status = (shown[name] for name in properties)
+            main, state, result, status = unit_properties(self.location, *names)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
@@ -3841,9 +3835,7 @@ class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
 
-    def __init__(self, model: Model, listener):
-        super().__init__(model, listener, model.url(""))
-        self._next_packet = 0.0
+    _next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
         """See Backend. It is asked unless it gave a sign of life lately."""
@@ -3977,7 +3969,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     """Return the bytes of `vram` and `ram` that the llama-fit-params beside the model's
     llama-server prints for those options that it has, projector and draft model added;
     {} if it prints none. Takes 20 s at most."""
-    cwd = model.settings.cwd or None
+    cwd = model.settings.cwd
     try:
         argv = model.command(table_of(model), "0")
         server = os.path.realpath(find_program(argv[0], os.environ, cwd))
@@ -3985,26 +3977,26 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
         return {}
     tool = os.path.join(os.path.dirname(server), "llama-fit-params")
     _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
-    known = {}  # how many values follow, by option
-    for match in OPTION_HELP.finditer(text):
-        count = len((match[2] or "").split())
-        known.update(dict.fromkeys(re.split(", +", match[1]), count))
-    if "-fitp" not in known:
+    counts = {  # of values that follow, by option
+        option: len(values.split())
+        for options, values, _ in OPTION_HELP.findall(text)
+        for option in re.split(", +", options)
+    }
+    if "-fitp" not in counts:
         return {}
-    command, words = [tool], iter([*argv[1:], "--offline"])
+    command, words = [tool], iter([*argv[1:], "--offline", "-fitp", "on"])
     for word in words:
-        if word in known:
-            command += [word, *itertools.islice(words, known[word])]
-    command += ["-fitp", "on"]
-    more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
+        if word in counts:
+            command += [word, *itertools.islice(words, counts[word])]
+    more = {"env": clean_environment(model.environment("0")), "cwd": cwd or None}
     _, text = run_command(command, TOOL_TIMEOUT, **more)
-    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
+    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     for name, *megabytes in rows:
         is_host = name.lower() == "host"
         amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
-    companions = size_of_files(argv, cwd or "", COMPANION_OPTIONS)
-    amounts["vram" if len(rows) > 1 else "ram"] += companions
+    companions = size_of_files(argv, cwd, COMPANION_OPTIONS)
+    amounts["vram" if amounts["vram"] else "ram"] += companions
     return amounts if rows else {}
 
 
@@ -4138,7 +4130,8 @@ def _command_key(model):
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
-LOOK_EVERY = 1.0  # s, at most, unless a model is new
+LOOK_EVERY = 1.0  # s, at most, unless the configuration is new
+INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
 GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
     rb"\0[\w-]+\.(\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
@@ -4177,29 +4170,26 @@ class Inspector:
     """
 
     def __init__(self):
-        self._details = {}  # by name: (model, Details)
+        self._looked = [], {}  # the models of the last look, and their Details by name
+        self._look = threading.Thread()  # the last one at files
+        self._next_look_at = 0.0
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
-        self._looked_at = -math.inf
-        self._look = threading.Thread()  # the last look at files
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-        is_due = is_due or len(self._known(models)) < len(models)
-        if is_due and not self._look.is_alive():
-            self._look = start_thread(self._inspect_all, "files", list(models))
-            self._looked_at = time.monotonic()
+        looked_at, details = self._looked
+        if looked_at != models:  # the configuration is new
+            details, self._next_look_at = {}, 0.0
+        self._looked = models, details
+        if time.monotonic() >= self._next_look_at and not self._look.is_alive():
+            self._next_look_at = time.monotonic() + LOOK_EVERY
+            self._look = start_thread(self._inspect_all, "files", models, details)
         self._look.join(LOOK_TIMEOUT)
-        return {**{model.name: Details() for model in models}, **self._known(models)}
+        return {model.name: details.get(model.name, Details()) for model in models}
 
-    def _known(self, models):
-        """Return the Details by name of those of the models that were looked at."""
-        pairs = ((model, self._details.get(model.name)) for model in models)
-        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
-
-    def _inspect_all(self, models):
+    def _inspect_all(self, models, details):
         for model in models:
-            self._details[model.name] = model, self._inspect(model)
+            details[model.name] = self._inspect(model)
 
     def _inspect(self, model):
         table, problem = table_of(model), None
@@ -4212,24 +4202,19 @@ class Inspector:
             problem = error.with_traceback(None)
         if table is None:
             return Details(argv, problem=problem)
-        options, inputs = table.read(argv[1:]), ["text"]
-        header = self._header(model, options.get("--model", ""))
-        projector = self._header(model, options.get("--mmproj", ""))
-        for encoder, name in (("vision", "image"), ("audio", "audio")):
-            if projector.get(f"has_{encoder}_encoder"):
-                inputs.append(name)
-        trained = header.get("context_length")
+        options, facts = table.read(argv[1:]), {}
+        for name in ("--mmproj", "--model"):
+            with contextlib.suppress(OSError, ValueError):
+                path = os.path.join(model.settings.cwd, options.get(name, ""))
+                file = os.stat(path)
+                facts.update(self._read_once(path, file.st_size, file.st_mtime_ns))
+        encoders = [each for each in INPUTS if facts.get(f"has_{each}_encoder")]
+        inputs = ["text", *(INPUTS[each] for each in encoders)]
+        trained = facts.get("context_length")
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
         return Details(argv, model.preset(table), options, problem, inputs, meta)
-
-    def _header(self, model, path):
-        with contextlib.suppress(OSError, ValueError):
-            path = os.path.join(model.settings.cwd, path)
-            status = os.stat(path)
-            return self._read_once(path, status.st_size, status.st_mtime_ns)
-        return {}
 
 
 # ==================================================================================
@@ -4876,13 +4861,10 @@ class Pool:
 
     def _backend_of_kind(self, model, listener):
         arguments = model, listener, self.config.settings.settle_timeout
-        if model.kind == "unit":
-            return UnitBackend(*arguments)
-        if model.kind == "remote":
-            return RemoteBackend(model, listener)
         if model.context_dir:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
-        return ProcessBackend(*arguments)
+        kinds = {"unit": UnitBackend, "remote": RemoteBackend}
+        return kinds.get(model.kind, ProcessBackend)(*arguments)
 
     def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
@@ -7343,7 +7325,6 @@ LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 TEXT_LIMIT = 500  # characters of a text from a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
-INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
