@@ -4130,7 +4130,7 @@ def _command_key(model):
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
-LOOK_EVERY = 1.0  # s, at most, unless the configuration is new
+LOOK_EVERY = 1.0  # s, at most, unless a model is new
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
 GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
@@ -4170,26 +4170,29 @@ class Inspector:
     """
 
     def __init__(self):
-        self._looked = [], {}  # the models of the last look, and their Details by name
-        self._look = threading.Thread()  # the last one at files
-        self._next_look_at = 0.0
+        self._details = {}  # by name: (model, Details)
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
+        self._looked_at = -math.inf
+        self._look = threading.Thread()  # the last look at files
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        looked_at, details = self._looked
-        if looked_at != models:  # the configuration is new
-            details, self._next_look_at = {}, 0.0
-        self._looked = models, details
-        if time.monotonic() >= self._next_look_at and not self._look.is_alive():
-            self._next_look_at = time.monotonic() + LOOK_EVERY
-            self._look = start_thread(self._inspect_all, "files", models, details)
+        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
+        is_due = is_due or len(self._known(models)) < len(models)
+        if is_due and not self._look.is_alive():
+            self._look = start_thread(self._inspect_all, "files", list(models))
+            self._looked_at = time.monotonic()
         self._look.join(LOOK_TIMEOUT)
-        return {model.name: details.get(model.name, Details()) for model in models}
+        return {**{model.name: Details() for model in models}, **self._known(models)}
 
-    def _inspect_all(self, models, details):
+    def _known(self, models):
+        """Return the Details by name of those of the models that were looked at."""
+        pairs = ((model, self._details.get(model.name)) for model in models)
+        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
+
+    def _inspect_all(self, models):
         for model in models:
-            details[model.name] = self._inspect(model)
+            self._details[model.name] = model, self._inspect(model)
 
     def _inspect(self, model):
         table, problem = table_of(model), None

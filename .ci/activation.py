@@ -38,7 +38,6 @@ class Activator:
 
     def __exit__(self, *_):
         self._is_over.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()
         self._thread.join(20)
         for pid in family(self.token):
             os.kill(pid, signal.SIGKILL)
@@ -47,7 +46,9 @@ class Activator:
 
     def _live(self):
         env = {**os.environ, FAMILY: self.token}
-        while select.select([self.listener], [], []) and not self._is_over.is_set():
+        while not self._is_over.is_set():
+            if not select.select([self.listener], [], [], 0.1)[0]:
+                continue
             self.starts += 1
             with open(self.ini.with_name("stderr"), "ab") as stderr:
                 self.process = activated(self.ini, [self.listener], stderr, env)
