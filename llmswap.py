@@ -216,11 +216,10 @@ class ShuttingDown(APIError):
 
 SECONDS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DURATION = 100 * 365 * SECONDS["d"]  # locks reject much longer timeouts
-UNIT_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"  # as many digits as a float can hold
 PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 HOST = r"(?:\[([\w:.%]+)\]|([^\s\[\]:/?#*]+))"
-TRUE_WORDS = ("on", "true", "1", "enabled", "yes")
 
 
 def pattern(expected, regex, convert=lambda match: match[0]):
@@ -266,12 +265,12 @@ parse_duration = pattern(
 parse_size = pattern(
     "a size such as 18G",
     rf"(?ai)({NUMBER}) ?([KMGT]?)(?:i?B)?",
-    lambda match: int(float(match[1]) * 2 ** UNIT_POWERS[match[2].upper()]),
+    lambda match: int(float(match[1]) * BYTES[match[2].upper()]),
 )
 parse_boolean = pattern(
     "on or off",
-    f"(?i){'|'.join(TRUE_WORDS)}|off|false|0|disabled|no",
-    lambda match: match[0].lower() in TRUE_WORDS,
+    "(?i)(on|true|1|enabled|yes)|off|false|0|disabled|no",
+    lambda match: match[1] is not None,
 )
 parse_path = os.path.expanduser
 parse_count = pattern("a whole number", "[0-9]{1,9}", lambda match: int(match[0]))
@@ -347,8 +346,8 @@ def resources_text(amounts) -> str:
     """Return amounts as people write them: the inverse of parse_resources."""
     parts = []
     for name, size in amounts.items():
-        unit = next((unit for unit in "TGMK" if size >= 2 ** UNIT_POWERS[unit]), "")
-        parts.append(f"{name} {size / 2 ** UNIT_POWERS[unit]:.4g}{unit}")
+        unit = next((unit for unit in "TGMK" if size >= BYTES[unit]), "")
+        parts.append(f"{name} {size / BYTES[unit]:.4g}{unit}")
     return ", ".join(parts)
 
 
@@ -368,6 +367,15 @@ def parse_object(text) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object such as {\"temperature\": 0.7}")
     return value
+
+
+def parse_key_file(text) -> tuple:
+    """Return the keys in a file, one a line, or () if no file is named."""
+    if not text:
+        return ()
+    with open(os.path.expanduser(text), encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file]
+    return tuple(line for line in lines if line and not line.startswith("#"))
 
 
 def parse_state_dir(text) -> str:
@@ -440,7 +448,7 @@ PROXY_KEYS = (
         "requests that may wait, more are refused; 0: no limit"),
     Key("queue-timeout", parse_duration, "0", "longest wait of a request; 0: no limit"),
     Key("api-key", parse_words, "", "comma-separated; and those of `$LLMSWAP_API_KEY`"),
-    Key("api-key-file", parse_path, "", "a file with one key per line"),
+    Key("api-key-file", parse_key_file, "", "a file with one key per line"),
     Key("allowed-hosts", parse_hosts, "localhost, host.docker.internal",
         "`Host` names accepted on loopback connections, beside IP literals; `*`: any"),
     Key("cors-origins", parse_origins, "localhost",
@@ -528,7 +536,6 @@ MODEL_KEYS = (
 
 PROXY_KEY = {key.name: key for key in PROXY_KEYS}
 MODEL_KEY = {key.name: key for key in MODEL_KEYS}
-ENV_KEY = MODEL_KEY["env.NAME"]
 
 # Variables known only when a backend starts, by the keys that may hold them. They are
 # expanded then; the values here only serve to check the text.
@@ -557,9 +564,10 @@ SYNONYMS = {
 IGNORED_KEYS = ("version", "dedup-cache-models", "--PRESET-DEDUP-CACHE-MODELS")
 
 
-def is_model_key(name) -> bool:
-    """Return whether llmswap, not llama-server, reads this key of a model."""
-    return bool(name in MODEL_KEY or re.fullmatch(r"env\.[A-Za-z_][A-Za-z0-9_]*", name))
+def model_key(name) -> Optional[Key]:
+    """Return the key of a model that has this name, None if it is an option."""
+    is_variable = name.startswith("env.") and name[4:].isidentifier()
+    return MODEL_KEY.get("env.NAME" if is_variable else name)
 
 
 def suggestion(name, names) -> str:
@@ -593,6 +601,12 @@ SHARED_KEYS = ("alias", "stop-timeout", "load-on-startup")
 OWN_COMMENT = re.compile(r"[ \t]+[;#]")
 LLAMA_COMMENT = re.compile(r"[ \t]*[;#]")
 
+EXCLUSIVE_KEYS = ("cmd", "unit", "uses")  # each of them is a kind of model
+SOURCE_KEY = re.compile(
+    "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
+    "|LLAMA-ARG-(?:MODEL|HF-REPO|MODEL-URL|DOCKER-REPO)"
+)
+
 
 class Setting(NamedTuple):
     """One `key = text`; `place` names file, line, section and key as it is written,
@@ -604,13 +618,29 @@ class Setting(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One section; of equal keys and of equal options only the last."""
+    """One section; its settings by key, of equal ones the last."""
 
     name: str
     place: str
-    keys: dict  # settings for llmswap by key
-    options: dict  # settings for llama-server by key
+    settings: dict
     source: str = "preset"  # of its model, as llama.cpp's router calls it
+
+    def is_own(self, key) -> bool:
+        """Return whether llmswap, not llama-server, reads this key."""
+        return self.name in ("llmswap", "macros") or model_key(key) is not None
+
+    @property
+    def has_source(self) -> bool:
+        """Whether one of its options says where the model's file is."""
+        return any(map(SOURCE_KEY.fullmatch, self.settings))
+
+    @property
+    def kind(self) -> str:
+        """The kind of the model whose own section this is."""
+        proxy = self.settings.get("proxy")
+        is_remote = proxy and not (needs_port(proxy.text) or self.has_source)
+        default = "remote" if is_remote else "llama-server"
+        return next((key for key in EXCLUSIVE_KEYS if key in self.settings), default)
 
 
 def parse_presets(data, path, warn) -> dict:
@@ -632,7 +662,7 @@ def parse_presets(data, path, warn) -> dict:
             name = name.strip() if name.strip() in ("llmswap", "macros") else name
             if sections.pop(name, None):
                 warn(f"{place} [{name}]: given before; this one counts")
-            section = sections[name] = Section(name, f"{place} [{name}]", {}, {})
+            section = sections[name] = Section(name, f"{place} [{name}]", {})
         if key and section:
             add_setting(section, key, statement["value"], place, warn)
     return sections
@@ -650,20 +680,16 @@ def add_setting(section, key, text, place, warn):
         lines = [line.strip(" \t") for line in NEWLINE.split(text)]
         lines = [re.sub(r"^[;#].*|[ \t]*\\$", "", line) for line in lines]
         text = " ".join(filter(None, lines))
-    is_own = section.name in ("llmswap", "macros") or is_model_key(key)
-    comment = LLAMA_COMMENT.search(text)
-    if key in WITHOUT_COMMENT:
-        comment = None
-    elif is_own and key not in SHARED_KEYS:
-        comment = OWN_COMMENT.search(text)
+    has_own_rule = section.is_own(key) and key not in SHARED_KEYS
+    rule = OWN_COMMENT if has_own_rule else LLAMA_COMMENT
+    comment = None if key in WITHOUT_COMMENT else rule.search(text)
     value = text[: comment.start() if comment else None].strip(" \t")
     if comment and (comment[0] in (";", "#") or value.count('"') % 2):
         warn(f"{place}: a comment begins at {comment[0][-1]!r}, as in llama.cpp; "
              f"the value is {value!r}")
-    settings = section.keys if is_own else section.options
-    if key in settings:
+    if key in section.settings:
         warn(f"{place}: given before; this one counts")
-    settings[key] = Setting(key, value, place)
+    section.settings[key] = Setting(key, value, place)
 
 
 # ---- Texts: with variables and macros as ${NAME}, some quoted as in a shell ----------
@@ -694,13 +720,12 @@ def needs_port(text) -> bool:
 def expand_macros(section, macros):
     """Replace the macros in a section's settings; macros may use macros, ten deep. In a
     file without macros, ${ means nothing in options, as for llama-server."""
-    for settings in (section.keys, section.options):
-        for key, (_, text, place) in settings.items():
-            if settings is section.options and not macros:
-                text = text.replace("${", "$${")
-            for _ in range(10):
-                text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
-            settings[key] = Setting(key, text, place)
+    for key, (_, text, place) in section.settings.items():
+        if not macros and not section.is_own(key):
+            text = text.replace("${", "$${")
+        for _ in range(10):
+            text = VARIABLE.sub(lambda match: macros.get(match[1], match[0]), text)
+        section.settings[key] = Setting(key, text, place)
 
 
 def read_setting(key, setting, variables, warn):
@@ -712,7 +737,7 @@ def read_setting(key, setting, variables, warn):
         value = key.parse(expand(setting.text, variables, **late))
         value = setting.text if late else value
         words = shlex.split(value) if key.name in QUOTED_KEYS else []
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{setting.place}: {error}") from None
     shell_words = " ".join(filter(SHELL_SYNTAX.fullmatch, words))
     if shell_words:
@@ -815,12 +840,12 @@ class OptionTable:
                 values[option.name] = following if option.values else ""
         return values
 
-    def pitfalls(self, settings):
-        """Yield warnings of settings that mean something else to llama.cpp."""
+    def pitfalls(self, options):
+        """Yield warnings of a Model's options that mean something else to llama.cpp."""
         first_keys = {}
-        for key, text, place in settings:
+        for strength, (key, text, place) in options:
             option = self.find(key) or Option((key,))
-            first_key = first_keys.setdefault(option.names[0], key)
+            first_key = first_keys.setdefault((strength, option.names[0]), key)
             if first_key != key:
                 yield f"{place}: the same option as {first_key}; this one counts"
             if not ROUTER_OPTIONS.isdisjoint(option.names):
@@ -852,23 +877,20 @@ def parse_help(text) -> Optional[OptionTable]:
     for match in OPTION_HELP.finditer(text):
         names, values = re.split(", +", match[1]), len((match[2] or "").split())
         variables = re.findall(r"\(env: (\w+)\)$", match[3])
-        negative = re.compile("--no-|-n" if values == 0 else "$")
-        negatives = tuple(name for name in names[1:] if negative.match(name))
-        positives = tuple(name for name in names if name not in negatives)
+        negatives = [] if values else [n for n in names[1:] if re.match("--no-|-n", n)]
         if negatives:
             variables += [name.replace("_ARG_", "_ARG_NO_", 1) for name in variables]
-        options.append(Option(positives, negatives, values, variables))
+        positives = tuple(name for name in names if name not in negatives)
+        options.append(Option(positives, tuple(negatives), values, variables))
     return OptionTable(options) if len(options) >= 150 else None
 
 
 # ---- Models --------------------------------------------------------------------------
 
-EXCLUSIVE_KEYS = ("cmd", "unit", "uses")
-
 # The keys whose change needs a new backend, by kind of model.
-PROCESS_KEYS = ("extra-args", "proxy", "env.NAME", "cwd", "oom-score-adj")
+PROCESS_KEYS = ("extra_args", "proxy", "env", "cwd", "oom_score_adj")
 LAUNCH_KEYS = {
-    "llama-server": ("llama-server", "keep-context", *PROCESS_KEYS),
+    "llama-server": ("llama_server", "keep_context", *PROCESS_KEYS),
     "cmd": ("cmd", *PROCESS_KEYS),
     "unit": ("unit", "proxy"),
     "remote": ("proxy",),
@@ -877,10 +899,6 @@ LAUNCH_KEYS = {
 REQUEST_KEYS = (  # and those of listing: they may stand beside `uses`
     "model-name", "uses", "alias", "strip-params", "default-params", "set-params",
     "json-repair", "loading-notice", "unlisted", "capabilities", "description",
-)
-SOURCE_KEY = re.compile(
-    "model|m|hf-repo|hfr?|model-url|mu|docker-repo|dr|(?!spec-).*-default|fim-.*-spec"
-    "|LLAMA-ARG-(?:MODEL|HF-REPO|MODEL-URL|DOCKER-REPO)"
 )
 SAVE_PATH = "slot-save-path"  # the option of llama-server that `keep-context` needs
 
@@ -893,7 +911,7 @@ class Model(NamedTuple):
     kind: str
     place: str
     settings: ModelSettings
-    options: tuple  # layers of settings, the weakest first, each in the order of keys
+    options: tuple  # settings with the strength of their section, in that order
     variables: dict
     backends: tuple  # ids of the models whose backend may serve it, the best first
     problem: Optional[str]  # why it cannot be used
@@ -915,29 +933,24 @@ class Model(NamedTuple):
     @property
     def launch(self) -> tuple:
         """The settings of the backend; a reload that keeps them keeps it running."""
-        names = LAUNCH_KEYS[self.kind]
-        values = [getattr(self.settings, MODEL_KEY[name].attribute) for name in names]
-        options = {  # of the same key, that of the strongest layer
-            setting.key: (strength, setting.text)
-            for strength, layer in enumerate(self.options) for setting in layer
-        }
-        return self.kind, values, options
+        values = [getattr(self.settings, name) for name in LAUNCH_KEYS[self.kind]]
+        return self.kind, values, [(key, text) for _, (key, text, _) in self.options]
 
     def command(self, table, port) -> list:
         """Return the argv of a model that is a process; [] for other kinds. Raise
         ConfigError for options that the table does not have."""
         try:
-            extra = self._words(self.settings.extra_args, PORT=port)
+            text = f"{self.settings.cmd} {self.settings.extra_args}"
+            words = self._words(text, PORT=port)
             if self.kind == "cmd":
-                words = self._words(self.settings.cmd, PORT=port)
-                return with_environment(words) + extra
+                return with_environment(words)
             if self.kind != "llama-server":
                 return []
             options = self._choose_options(table, port)
         except ValueError as error:
             raise ConfigError(self.problem or f"{self.place}: {error}") from None
-        words = [word for option, value in options for word in option.words(value)]
-        return [self.settings.llama_server, *words, *extra]
+        chosen = [word for option, value in options for word in option.words(value)]
+        return [self.settings.llama_server, *chosen, *words]
 
     def preset(self, table) -> str:
         """Return the section of a llama-server model as llama.cpp's router shows it."""
@@ -953,7 +966,7 @@ class Model(NamedTuple):
             fixed["log-colors"] = "off"
         settings = [
             Setting(key, self._expand(os.path.expanduser(text), PORT=port), place)
-            for layer in self.options for key, text, place in layer
+            for _, (key, text, place) in self.options
         ]
         if self.context_dir and table.find(SAVE_PATH):  # the file may override it
             settings.insert(0, Setting(SAVE_PATH, self.context_dir, self.place))
@@ -988,101 +1001,6 @@ def folder_name(name) -> str:
     return quoted
 
 
-def has_source(section) -> bool:
-    """Return whether one of its options says where the model's file is."""
-    return any(map(SOURCE_KEY.fullmatch, section.options))
-
-
-class ModelBuilder:
-    """Makes a Model of sections; the first mistake becomes the Model's problem."""
-
-    def __init__(self, sections, variables, warn):
-        """Of the sections, the weakest first, the last is the model's own."""
-        self._sections = sections
-        self._own = own = sections[-1]
-        self._variables = {**variables, "MODEL_ID": own.name}
-        self._warn = warn
-        self._problems = []
-        proxy = own.keys.get("proxy")
-        is_remote = proxy and not (needs_port(proxy.text) or has_source(own))
-        default = "remote" if is_remote else "llama-server"
-        self._kind = next((key for key in EXCLUSIVE_KEYS if key in own.keys), default)
-
-    def build(self, state_dir) -> Model:
-        """Return the Model, with defaults in the place of invalid values."""
-        keys = {}
-        for section in self._sections:
-            keys.update(section.keys)
-        if self._kind == "uses":
-            keys = {name: keys[name] for name in keys if name in REQUEST_KEYS}
-        values = {**DEFAULTS, "env": {}}
-        if self._kind == "cmd":
-            values["hang_timeout"] = 0.0
-        for name, setting in keys.items():
-            if name.startswith("env."):
-                values["env"][name[len("env.") :]] = self._read(ENV_KEY, setting, "")
-            else:
-                key = MODEL_KEY[name]
-                values[key.attribute] = self._read(key, setting, values[key.attribute])
-        settings, options, context_dir = ModelSettings(**values), (), ""
-        name, place, *_, source = self._own
-        if self._kind == "llama-server":
-            options = tuple(sorted(each.options.values()) for each in self._sections)
-            if settings.keep_context:
-                context_dir = f"{state_dir}/context/{folder_name(name)}/"
-        for setting in itertools.chain(*options):
-            self._read(ENV_KEY, setting, "")  # for its mistakes only
-        self._problems += map(": ".join, self._mistakes(settings))
-        preset_only = [(key, keys[key].text) for key in PRESET_ONLY_KEYS if key in keys]
-        return Model(
-            name, self._kind, place, settings, options, self._variables, (name,),
-            problem=next(iter(self._problems), None), source=source,
-            preset_only=tuple(preset_only), context_dir=context_dir,
-        )
-
-    def _read(self, key, setting, default):
-        try:
-            return read_setting(key, setting, self._variables, self._warn)
-        except ConfigError as error:
-            if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
-                self._warn(f"{error}; taken as {key.default}")
-            else:
-                self._problems.append(str(error))
-            return default
-
-    def _mistakes(self, settings):
-        """Yield what is wrong for this kind: the place to blame, and why."""
-        kind, own, here = self._kind, self._own.keys, self._own.place
-        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
-        for setting in self._own.options.values() if kind != "llama-server" else ():
-            why = f"options of llama-server cannot stand beside {kind}"
-            yield setting.place, unknown_key(setting.key, f"no key of llmswap; {why}")
-        for key, setting in own.items():
-            name = "env.NAME" if key.startswith("env.") else key
-            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
-            if is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
-                yield setting.place, f"cannot stand beside {kind}"
-            elif name in launch_keys:
-                self._warn(f"{setting.place}: without effect beside {kind}")
-        proxy_place = own["proxy"].place if "proxy" in own else here
-        has_port = needs_port(settings.proxy)
-        texts = [settings.cmd, settings.extra_args, *settings.env.values()]
-        if kind == "llama-server" and not any(map(has_source, self._sections)):
-            yield here, "it has no source: model, hf-repo, model-url or docker-repo"
-        if kind == "llama-server" and not has_port:
-            yield proxy_place, "the proxy of a llama-server needs ${PORT}"
-        if kind == "cmd" and has_port and not any(map(needs_port, texts)):
-            yield own["cmd"].place, "without ${PORT} it needs proxy = URL"
-        if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
-            yield own[kind].place, "it must not be empty"
-        if kind in ("unit", "remote") and has_port:
-            yield proxy_place, "it needs proxy = URL, without ${PORT}"
-        if settings.proxy.rstrip("/").endswith("/v1"):
-            self._warn(f"{proxy_place}: what clients ask for begins with /v1 already")
-        if bool(settings.sleep) != bool(settings.wake):
-            yield here, "sleep and wake need each other"
-
-
 def canonical_name(name) -> str:
     """Return llama.cpp's spelling of a section name: `qwen3:8b` is `qwen3:8B`."""
     head, colon, tag = name.rpartition(":")
@@ -1091,10 +1009,9 @@ def canonical_name(name) -> str:
     return head + colon + tag if colon else name
 
 
-def find_models(directory) -> dict:
-    """Return the options of the models in a directory (files or folders) by id, as
-    llama-server does. Raise OSError."""
-    models = {}
+def find_models(directory):
+    """Yield the id of each model in a directory (of files and folders), and its source
+    and options, as llama-server has them. Raise OSError."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         # of a split model, llama-server wants the first file
         _, _, names = next(os.walk(entry.path), ("", (), ()))  # nothing for a file
@@ -1106,8 +1023,7 @@ def find_models(directory) -> dict:
                 key = "model-draft" if match[1] else "model"
                 options.setdefault("mmproj" if "mmproj" in match[0] else key, path)
         if "model" in options:
-            models[entry.name.replace(".gguf", "")] = options
-    return models
+            yield entry.name.replace(".gguf", ""), ("models_dir", options)
 
 
 # ---- From sections to a configuration ------------------------------------------------
@@ -1160,9 +1076,9 @@ class Config(NamedTuple):
         listed = [m.name for m in self.models.values() if not m.settings.unlisted]
         names = [each for each, owner in self.names.items() if owner in listed]
         near = suggestion(name, names) or ";"
-        shown = ", ".join(listed[:8]) or "none"
-        more = ", ..." if len(listed) > 8 else ""
-        text = f"there is no model {name!r}{near} there are {shown}{more}"
+        listed[8:] = ["..."] if len(listed) > 8 else []
+        shown = ", ".join(listed) or "none"
+        text = f"there is no model {name!r}{near} there are {shown}"
         raise ModelNotFound(text, "model")
 
     def default_model(self) -> Optional[Model]:
@@ -1174,9 +1090,9 @@ class Config(NamedTuple):
     def pitfalls(self, table_of: Callable) -> List[str]:
         """Return warnings of options that mean something else to llama.cpp;
         table_of(model) is the OptionTable of a llama-server model."""
+        models = [model for model in self.models.values() if model.options]
         return list(dict.fromkeys(
-            warning for model in self.models.values() for layer in model.options
-            for warning in table_of(model).pitfalls(layer)
+            text for model in models for text in table_of(model).pitfalls(model.options)
         ))
 
 
@@ -1206,36 +1122,39 @@ class ConfigLoader:
 
     def __init__(self, data, path, environ, list_cached=lambda _: ()):
         self._path = path
-        self._environ = environ
         self._list_cached = list_cached
-        self._cached = ()  # names of the models in llama.cpp's cache
+        self._variables = {f"env.{name}": value for name, value in environ.items()}
         self._warnings = []
         self._warn = self._warnings.append
         self._sections = parse_presets(data, path, self._warn)
         self._star, llmswap, macros = (
-            self._sections.pop(name, Section(name, "", {}, {}))
+            self._sections.pop(name, Section(name, "", {}))
             for name in ("*", "llmswap", "macros")
         )
         self._ids = {canonical_name(name): name for name in sorted(self._sections)}
-        self._written = llmswap.keys
-        written = map(llmswap.keys.get, ("api-key", "api-key-file"))
+        self._written = llmswap.settings
+        written = map(self._written.get, ("api-key", "api-key-file"))
         self._key_places = [each.place for each in written if each and each.text]
-        macros = {name: setting.text for name, setting in macros.keys.items()}
+        macros = {name: setting.text for name, setting in macros.settings.items()}
         for section in (self._star, llmswap, *self._sections.values()):
             expand_macros(section, macros)
-        self._variables = {f"env.{name}": value for name, value in environ.items()}
 
     def load(self, overrides) -> Config:
         """Return the Config, or raise ConfigError. `overrides`: texts by key, or None
         for those that the file decides."""
         settings = self._read_settings(overrides)
-        models = {model.name: model for model in self._build_models(settings)}
-        names = self._assign_names(models)
-        keys = self._read_api_keys(settings)
-        config = Config(self._path, settings, models, names, keys, (), self._cached)
+        cached = settings.cache_models and self._list_cached(settings.llama_server)
+        cached = cached or ()
+        models = self._build_models(settings, cached)
+        names = self._assign_names(models, cached)
+        more_keys = parse_words(self._variables.get("env.LLMSWAP_API_KEY", ""))
+        keys = (*settings.api_key, *more_keys, *settings.api_key_file)
+        if self._key_places and not keys:  # all would be open
+            raise ConfigError(f"{self._key_places[0]}: there is no key in it")
+        config = Config(self._path, settings, models, names, keys, (), cached)
         config = config._replace(settings=self._resolve_names(config))
         pinned = []
-        for model in sorted(models.values(), key=lambda model: not model.is_pinned):
+        for model in sorted(models.values(), key=lambda each: not each.is_pinned):
             reason = why_not_together(model, pinned, config.settings)
             if reason and not model.problem:
                 models[model.name] = model._replace(problem=f"{model.place}: {reason}")
@@ -1247,20 +1166,17 @@ class ConfigLoader:
         return config._replace(warnings=tuple(dict.fromkeys(self._warnings)))
 
     def _read_settings(self, overrides):
-        star, written = self._star, self._written
+        star, written = self._star.settings, self._written
         for key, setting in written.items():
             if key not in PROXY_KEY:
                 reason = f"unknown key{suggestion(key, PROXY_KEY)}"
-                if is_model_key(key):
+                if model_key(key):
                     reason = "belongs to a model, or in [*]"
                 raise ConfigError(f"{setting.place}: {reason}")
-        models_max = star.options.get("models-max")
-        if models_max and models_max.text.isdigit():  # often written there
-            written.setdefault("models-max", star.options.pop("models-max"))
-        if "llama-server" in star.keys:
-            written.setdefault("llama-server", star.keys["llama-server"])
-        if "llama-server" in written:
-            star.keys.setdefault("llama-server", written["llama-server"])
+        if "models-max" in star and star["models-max"].text.isdigit():
+            written.setdefault("models-max", star.pop("models-max"))  # often there
+        if "llama-server" in star:
+            written.setdefault("llama-server", star["llama-server"])
         for name, text in overrides.items():
             if text is not None:
                 written[name] = Setting(name, str(text), f"--{name}")
@@ -1273,76 +1189,122 @@ class ConfigLoader:
             values["models_max"] = 0
         return ProxySettings(**values)
 
-    def _read_api_keys(self, settings):
-        keys = settings.api_key + parse_words(self._environ.get("LLMSWAP_API_KEY", ""))
-        if settings.api_key_file:
-            try:
-                with open(settings.api_key_file, encoding="utf-8-sig") as file:
-                    lines = [line.strip() for line in file]
-            except (OSError, ValueError) as error:
-                place = self._written["api-key-file"].place
-                raise ConfigError(f"{place}: {error}") from None
-            keys += tuple(line for line in lines if line and not line.startswith("#"))
-        if self._key_places and not keys:  # all would be open
-            raise ConfigError(f"{self._key_places[0]}: there is no key in it")
-        return keys
-
-    def _build_models(self, settings):
+    def _build_models(self, proxy, cached):
+        """Return the models by id. Of sections with the same canonical name only the
+        last in byte order is one."""
         star = self._star
-        for name in star.keys.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
-            place = star.keys[name].place
+        for name in star.settings.keys() & {*EXCLUSIVE_KEYS, "proxy", "alias"}:
+            place = star.settings[name].place
             raise ConfigError(f"{place}: cannot be given for all models")
-        if None in settings.budget.values():
-            star.keys.setdefault("needs", Setting("needs", "auto", ""))
-        empty = Section("", "", {}, {})  # so that `launch` is the same, listed or not
-        sections = {each.name: [star, each] for each in self._list_models(settings)}
-        for section in self._model_sections():
-            sections.setdefault(section.name, [star, empty]).append(section)
-        models = [
-            ModelBuilder(layers, self._variables, self._warn).build(settings.state_dir)
-            for layers in sections.values()  # the weakest first
-        ]
-        if models and all(model.kind != "llama-server" for model in models):
-            for setting in star.options.values():
-                text = unknown_key(setting.key, "no model here is a llama-server")
-                self._warn(f"{setting.place}: without effect: {text}")
-        return models
-
-    def _list_models(self, settings):
-        """Yield sections of the models in llama.cpp's cache and in models-dir. One in
-        the cache has the id of its section in the file, if there is one."""
-        models = {}  # where they come from and their options, by id
-        if settings.cache_models:
-            self._cached = self._list_cached(settings.llama_server) or ()
-        for name in self._cached:
-            options = {"hf-repo": name, "offline": "on"}
-            models[self._ids.get(name, name)] = "cache", options
-        if settings.models_dir:
-            try:
-                for name, options in find_models(settings.models_dir).items():
-                    models[name] = "models_dir", options
-            except OSError as error:
-                self._warn(f"{self._written['models-dir'].place}: {error}")
-        for name, (source, options) in models.items():
-            place = f"{self._path}: [{name}]" if self._path else f"[{name}]"
-            section = Section(name, place, {}, {}, source)
-            for key, text in options.items():
-                text = text.replace("${", "$${")
-                section.options[key] = Setting(key, text, f"{place} {key}")
-            yield section
-
-    def _model_sections(self):
-        """Yield the sections that are models; of those with the same canonical name
-        only the last in byte order."""
+        listed = self._list_models(proxy.models_dir, cached)
+        layers = {section.name: [star, section] for section in listed}
         for name, section in self._sections.items():
             last = self._ids.get(name, name)
             if last != name:
                 text = f"replaced by [{last}], the same in llama.cpp"
                 self._warn(f"{section.place}: {text}")
-            elif name != "default" or section.keys or section.options:
-                yield section
+            elif name != "default" or section.settings:
+                layers.setdefault(name, [star]).append(section)
+        models = {name: self._build_model(layers[name], proxy) for name in layers}
+        kinds = {model.kind for model in models.values()}
+        if kinds and "llama-server" not in kinds:
+            for key, setting in star.settings.items():
+                if not model_key(key):
+                    text = unknown_key(key, "no model here is a llama-server")
+                    self._warn(f"{setting.place}: without effect: {text}")
+        return models
 
-    def _assign_names(self, models):
+    def _list_models(self, directory, cached):
+        """Yield sections of the models in llama.cpp's cache and in models-dir. One in
+        the cache has the id of its section in the file, if there is one."""
+        models = {  # where they come from and their options, by id
+            self._ids.get(name, name): ("cache", {"hf-repo": name, "offline": "on"})
+            for name in cached
+        }
+        try:
+            models.update(find_models(directory) if directory else ())
+        except OSError as error:
+            self._warn(f"{self._written['models-dir'].place}: {error}")
+        for name, (source, options) in models.items():
+            place = f"{self._path}: [{name}]" if self._path else f"[{name}]"
+            settings = {
+                key: Setting(key, text.replace("${", "$${"), f"{place} {key}")
+                for key, text in options.items()
+            }
+            yield Section(name, place, settings, source)
+
+    def _build_model(self, layers, proxy):
+        """Return the Model of sections, the weakest first, the last its own. The first
+        mistake becomes its problem; values that cannot be read are the defaults."""
+        own, kind, keys, options = layers[-1], layers[-1].kind, {}, {}
+        for strength, layer in enumerate(layers):
+            for name, setting in layer.settings.items():
+                if not model_key(name):
+                    options[name] = strength, setting
+                elif kind != "uses" or name in REQUEST_KEYS:
+                    keys[name] = setting
+        options = sorted(options.values()) if kind == "llama-server" else []
+        variables = {**self._variables, "MODEL_ID": own.name}
+        values, problems = {**DEFAULTS, "llama_server": proxy.llama_server}, []
+        if kind == "cmd":
+            values["hang_timeout"] = 0.0
+        if None in proxy.budget.values():
+            values["needs"] = None
+        for setting in [*keys.values(), *(setting for _, setting in options)]:
+            key = model_key(setting.key) or MODEL_KEY["env.NAME"]  # with ${PORT}, too
+            try:
+                value = read_setting(key, setting, variables, self._warn)
+                values[key.attribute] = value
+            except ConfigError as error:
+                if key.name in PRESET_ONLY_KEYS:  # llama.cpp takes anything for them
+                    self._warn(f"{error}; taken as {key.default}")
+                else:
+                    problems.append(str(error))
+        env = {name[4:]: keys[name].text for name in keys if name.startswith("env.")}
+        settings, context_dir = ModelSettings(**{**values, "env": env}), ""
+        if settings.keep_context and kind == "llama-server":
+            context_dir = f"{proxy.state_dir}/context/{folder_name(own.name)}/"
+        preset_only = [(key, keys[key].text) for key in PRESET_ONLY_KEYS if key in keys]
+        problems += self._mistakes(layers, settings)
+        return Model(
+            own.name, kind, own.place, settings, tuple(options), variables, (own.name,),
+            problem=next(iter(problems), None), source=own.source,
+            preset_only=tuple(preset_only), context_dir=context_dir,
+        )
+
+    def _mistakes(self, layers, settings):
+        """Yield what is wrong for this kind of model, with the place to blame."""
+        section, kind, own = layers[-1], layers[-1].kind, layers[-1].settings
+        launch_keys = {*itertools.chain(*LAUNCH_KEYS.values())} - {*LAUNCH_KEYS[kind]}
+        for name, (_, _, place) in own.items():
+            key = model_key(name)
+            is_other_kind = name in EXCLUSIVE_KEYS and name != kind
+            if not key and kind != "llama-server":
+                why = f"options of llama-server cannot stand beside {kind}"
+                yield f"{place}: {unknown_key(name, f'no key of llmswap; {why}')}"
+            elif is_other_kind or kind == "uses" and name not in REQUEST_KEYS:
+                yield f"{place}: cannot stand beside {kind}"
+            elif key and key.attribute in launch_keys:
+                self._warn(f"{place}: without effect beside {kind}")
+        here, proxy_place = section.place, own.get("proxy", section).place
+        has_port = needs_port(settings.proxy)
+        texts = [settings.cmd, settings.extra_args, *settings.env.values()]
+        if kind == "llama-server" and not any(layer.has_source for layer in layers):
+            yield f"{here}: it has no source: model, hf-repo, model-url or docker-repo"
+        if kind == "llama-server" and not has_port:
+            yield f"{proxy_place}: the proxy of a llama-server needs ${{PORT}}"
+        if kind == "cmd" and has_port and not any(map(needs_port, texts)):
+            yield f"{own['cmd'].place}: without ${{PORT}} it needs proxy = URL"
+        if kind in EXCLUSIVE_KEYS and not getattr(settings, kind):
+            yield f"{own[kind].place}: it must not be empty"
+        if kind in ("unit", "remote") and has_port:
+            yield f"{proxy_place}: it needs proxy = URL, without ${{PORT}}"
+        if settings.proxy.rstrip("/").endswith("/v1"):
+            self._warn(f"{proxy_place}: what clients ask for begins with /v1 already")
+        if bool(settings.sleep) != bool(settings.wake):
+            yield f"{here}: sleep and wake need each other"
+
+    def _assign_names(self, models, cached):
         """Return the ids of the models by name: by id, alias, canonical name,
         repository with one cached model, and by these in lower case. A name keeps its
         first owner. The models' aliases become those that they own."""
@@ -1356,12 +1318,12 @@ class ConfigLoader:
             if owner != model.name:
                 self._warn(f"{model.place}: {label} {name!r} already means [{owner}]")
         for name, model in models.items():
-            aliases = [alias for alias in model.settings.alias if names[alias] == name]
+            aliases = [each for each in model.settings.alias if names[each] == name]
             aliases = tuple(alias for alias in aliases if alias != name)
             models[name] = model._replace(aliases=aliases)
-        repositories = [name.rpartition(":")[0] for name in self._cached]
-        for repository, name in zip(repositories, self._cached):
-            if repositories.count(repository) == 1 and name in names:
+        repositories = [name.rpartition(":")[0] for name in cached]
+        for repository, name in zip(repositories, cached):
+            if repositories.count(repository) == 1:
                 names.setdefault(repository, names[name])
         for name, owner in [*names.items()]:
             names.setdefault(name.strip().casefold(), owner)

@@ -997,7 +997,7 @@ def test_sections_are_read(text, sections):
     parsed = llmswap.parse_presets(text.encode(), "m.ini", print)
     assert [*parsed] == [*sections]
     for name, section in parsed.items():
-        settings = {**section.keys, **section.options}.values()
+        settings = section.settings.values()
         assert {each.key: each.text for each in settings} == sections[name]
 
 
