@@ -5177,6 +5177,23 @@ class StallMonitor:
                 raise problem
 
 
+def _retried(call, argument, on_timeout):
+    """Return `call(argument)`, repeated after `on_timeout()` whenever it times out."""
+    while True:
+        try:
+            return call(argument)
+        except _TIMEOUTS:
+            on_timeout()
+
+
+def send_all(sock: socket.socket, data, monitor: StallMonitor):
+    """Send all of `data`; call `monitor` after each POLL_INTERVAL without progress."""
+    left = memoryview(data)
+    while len(left):
+        monitor.restart()
+        left = left[_retried(sock.send, left, monitor) :]
+
+
 class SocketReader:
     """Reads one connection through a buffer, on one thread. `on_timeout()` is called
     whenever POLL_INTERVAL passes without a byte; it may raise."""
@@ -5189,38 +5206,29 @@ class SocketReader:
 
     def recv(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
+        if not self.buffer:
+            return _retried(self.sock.recv, size, self.on_timeout)
         piece, self.buffer = self.buffer[:size], self.buffer[size:]
-        while not piece:
-            try:
-                return self.sock.recv(size)
-            except _TIMEOUTS:
-                self.on_timeout()
         return piece
 
     def line(self, pattern: "re.Pattern") -> "re.Match":
         """Read a line that matches the pattern. Raise BadRequest, EOFError."""
-        data = self.buffer
-        while b"\n" not in data and len(data) < MAX_CHUNK_LINE:
-            self.buffer = b""
-            piece = self.recv()
+        while b"\n" not in self.buffer and len(self.buffer) < MAX_CHUNK_LINE:
+            piece = _retried(self.sock.recv, READ_SIZE, self.on_timeout)
             if not piece:
                 raise EOFError("the connection closed between two chunks")
-            data += piece
-        match = pattern.match(data)
+            self.buffer += piece
+        match = pattern.match(self.buffer)
         if not match:
-            raise BadRequest(f"chunks or trailer malformed at {data[:40]!r}")
-        self.buffer = data[match.end() :]
+            raise BadRequest(f"chunks or trailer malformed at {self.buffer[:40]!r}")
+        self.buffer = self.buffer[match.end() :]
         return match
 
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
         Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
-        data, received = b"", 0
-        while True:
-            searched = max(0, len(data) - 3)
-            piece = self.recv()
-            if not piece:
-                return b""
+        data, received, searched = b"", 0, 0
+        while piece := self.recv():
             self.is_untouched = False
             received += len(piece)
             data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
@@ -5233,34 +5241,24 @@ class SocketReader:
             if _ILLEGAL_IN_HEAD.search(data, searched):
                 text = "this is not HTTP/1 in lines that end with CRLF"
                 raise BadRequest(f"{text}; is it TLS (https://)?")
+            searched = max(0, len(data) - 3)
             self.on_timeout()  # limits a head that is sent byte by byte, too
-
-
-def send_all(sock: socket.socket, data, monitor: StallMonitor):
-    """Send all of `data`; call `monitor` after each POLL_INTERVAL without progress."""
-    monitor.restart()
-    left = memoryview(data)
-    while len(left):
-        try:
-            left = left[sock.send(left) :]
-            monitor.restart()
-        except _TIMEOUTS:
-            monitor()
+        return b""
 
 
 # -- heads -----------------------------------------------------------------------------
 
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
-_HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
-_HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _HEADER_LINE)
-_VERSION = rb"HTTP/1\.(?P<minor>[01])"
-_REQUEST_LINE = re.compile(
-    rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
-)
-_STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_TEXT = r"[\t\x20-\x7e\x80-\xff]*"
+_HEADER_LINE = rf"({_TOKEN}):({_TEXT})\r\n"
+_HEADER_LINES = re.compile(rf"(?m)^{_HEADER_LINE}")
+_VERSION = r"HTTP/1\.(?P<minor>[01])"
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~\x80-\xff]+) {_VERSION}")
+_STATUS_LINE = re.compile(rf"{_VERSION} ([1-5][0-9][0-9])(?: {_TEXT})?")
+_FRAMING = re.compile("content-length: ([0-9]{1,18})|transfer-encoding: chunked|")
+_FRAMED_BY = frozenset(("content-length", "transfer-encoding"))
 
 
 def as_chunk(piece) -> bytes:
@@ -5281,10 +5279,6 @@ def end_to_end(head: "MessageHead", dropped: FrozenSet[str] = frozenset()) -> He
     return [header for header in head.headers if header[0] not in dropped]
 
 
-_FRAMING = ("content-length", "transfer-encoding")
-_LENGTH = re.compile("content-length: ([0-9]{1,18})")
-
-
 def is_event_stream(headers: Mapping[str, str]) -> bool:
     """Return whether a payload with these headers is a readable stream of events."""
     kind = headers.get("content-type", "").lower()
@@ -5296,38 +5290,32 @@ class MessageHead:
     """A head of strict HTTP/1: no folding, no bare CR or LF, no blank before a colon.
     Raise BadRequest, HeadersTooLarge.
 
-    `headers` have names in lower case; Content-Length and Transfer-Encoding are not
-    among them, but in `length`, which is `default` without them, and `is_chunked`. A
-    body without a length or chunks ends with the connection. `is_persistent`: the
-    connection may go on (of HTTP/1.0: never).
+    `headers` have names in lower case; those of the framing are in `length`, which is
+    `default` without them, and `is_chunked`. A body with neither ends with the
+    connection. `is_persistent`: the connection may go on (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
-        line_end = raw.index(b"\r\n")
-        self.start = start_line.fullmatch(raw, 0, line_end)
+        start, _, lines = raw.decode("latin-1").partition("\r\n")
+        self.start = start_line.fullmatch(start)
         if not self.start:
-            raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
-        if not _HEADER_LINES.fullmatch(raw, line_end + 2):
+            raise BadRequest(f"not an HTTP/1 start line: {start[:200]!r}")
+        fields = _HEADER_LINES.findall(lines)
+        if len(fields) + 1 != lines.count("\n"):
             raise BadRequest("a header line is malformed")
-        self.headers, framing = [], []
-        for line in raw.decode("latin-1").split("\r\n")[1:-2]:
-            name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip("\t ")
-            if name in _FRAMING:
-                framing.append(f"{name}: {value}".lower())
-            else:
-                self.headers.append((name, value))
-        if len(self.headers) + len(framing) > MAX_HEADER_LINES:
+        if len(fields) > MAX_HEADER_LINES:
             raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
-        self.is_http_10 = self.start["minor"] == b"0"
-        counted = _LENGTH.fullmatch("\n".join(framing))
-        self.is_chunked = framing == ["transfer-encoding: chunked"]
-        if framing and not counted and not self.is_chunked:
+        self.headers, framing = [], []
+        for name, value in fields:
+            header = name.lower(), value.strip("\t ")
+            (framing if header[0] in _FRAMED_BY else self.headers).append(header)
+        known = _FRAMING.fullmatch("\n".join(map(": ".join, framing)).lower())
+        if not known:
             text = "a body needs one Content-Length, or Transfer-Encoding: chunked"
             raise BadRequest(text)
-        self.length = None if framing else default
-        if counted:
-            self.length = int(counted[1])
+        self.length = int(known[1]) if known[1] else None if framing else default
+        self.is_chunked = bool(framing) and not known[1]
+        self.is_http_10 = self.start["minor"] == "0"
         self._first_values = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection and not self.is_http_10
@@ -5346,9 +5334,8 @@ class Request(MessageHead):
 
     def __init__(self, raw: bytes):
         super().__init__(raw, _REQUEST_LINE, 0)
-        self.method = self.start["method"].decode()
+        self.method, self.target = self.start[1], self.start[2]
         self.is_safe = self.method in ("GET", "HEAD", "OPTIONS")
-        self.target = self.start["target"].decode("latin-1")
         if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
@@ -5377,9 +5364,9 @@ _BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
 _MODEL_FIELD = re.compile(
     rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
 )
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{_TEXT})?\r\n".encode())
 _CHUNK_END = re.compile(rb"\r\n")
-_TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
+_TRAILER = re.compile(rf"{_HEADER_LINE}|\r\n".encode())
 
 
 def read_payload(
