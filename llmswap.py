@@ -5617,33 +5617,35 @@ class ClientResponse:
     problem = None  # why it is an error or broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
+    excerpt = b""  # its first and last EXCERPT_SIZE bytes; b"\0" for what is between
     _head = b""  # to be sent with the first piece
-    _is_chunked = _is_counted = _is_events = False
-    _first = _last = b""  # bytes of the payload
+    _frame = bytes  # makes what is sent from a piece of payload
+    _is_delimited = True  # the client notices if the end of the payload is missing
+    _is_events = False
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
         self.sock = sock
         self.extra = extra
         self.is_persistent = request is not None and request.is_persistent
-        self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
+        self._may_chunk = not (self._is_head or request is None or request.is_http_10)
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, on_tick=self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
-        self.status, self._is_counted = status, length is not None
+        self.status = status
         self._is_events = length is None and is_event_stream(dict(headers))
-        self._is_chunked = length is None and not (self._is_http_10 or self._is_head)
+        self._is_delimited = length is not None or self._may_chunk
         framing = []
-        if self._is_chunked:
+        if length is None and self._may_chunk:
+            self._frame = as_chunk
             framing.append(("transfer-encoding", "chunked"))
         elif length is not None and status not in (101, 204, 304):
             framing.append(("content-length", str(length)))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
-        reason = http.client.responses.get(status, "")
-        start = f"HTTP/1.1 {status} {reason}"
+        start = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, payload: bytes, status=200, *headers: Tuple[str, str]):
@@ -5665,28 +5667,19 @@ class ClientResponse:
         if not self.sent:
             self.first_at = time.monotonic()
         self.sent += len(piece)
-        missing = EXCERPT_SIZE - len(self._first)
-        self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-EXCERPT_SIZE:]
-        self._put_framed(piece)
-
-    @property
-    def excerpt(self) -> bytes:
-        """The first and the last EXCERPT_SIZE bytes of the payload; a zero byte stands
-        for those between them."""
-        gap = b"\0" if self.sent > 2 * EXCERPT_SIZE else b""
-        return self._first + gap + self._last
+        self.excerpt += piece
+        if len(self.excerpt) > 2 * EXCERPT_SIZE:
+            last = self.excerpt[-EXCERPT_SIZE:]
+            self.excerpt = self.excerpt[:EXCERPT_SIZE] + b"\0" + last
+        self._put(self._frame(piece))
 
     def end(self):
         """End the body, which is complete."""
-        self._put_framed(b"")
+        self._put(self._frame(b""))
 
     def flush(self):
         """Send the head if that was not done yet."""
         self._put(b"")
-
-    def _put_framed(self, piece):
-        self._put(as_chunk(piece) if self._is_chunked else piece)
 
     def _put(self, data):
         if self._head:
@@ -5714,7 +5707,7 @@ class ClientResponse:
         if self.progress_event and self.is_early and not self.sent:
             event = self.progress_event() or event
         if event and self._is_between_events():
-            self._put_framed(event)
+            self._put(self._frame(event))
 
     def check_cancelled(self):
         """Raise RequestCancelled if the request was cancelled."""
@@ -5758,7 +5751,7 @@ class ClientResponse:
                 return self.end()
             self.flush()
         self.is_persistent = False
-        if not self._is_chunked and not self._is_counted:
+        if not self._is_delimited:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.sock.close()  # after a shutdown() it would end normally
