@@ -5506,22 +5506,21 @@ class Body:
         self.is_json, self.members = bool(self.held), members
 
     def _read_form(self, content_type, is_needed):
+        """Read until the part named `model` is whole."""
         boundary = _BOUNDARY.search(content_type)
-        if not boundary and is_needed:
-            raise BadRequest("multipart/form-data without a boundary")
-        size, is_whole = SMALL_BODY, not boundary
+        if not boundary:
+            if is_needed:
+                raise BadRequest("multipart/form-data without a boundary")
+            return
+        delimiter = re.escape("--" + (boundary[1] or boundary[2])).encode("latin-1")
+        pattern = delimiter + _MODEL_PART + rb"(.*?)(?:\r\n" + delimiter + rb"|(\Z))"
+        size, is_whole = SMALL_BODY, False
         while not is_whole and self.model is None:
             is_whole = self.hold(size) or not is_needed
-            delimiter = "--" + (boundary[1] or boundary[2])
-            self._search_form(re.escape(delimiter).encode("latin-1"))
+            part = re.search(pattern, self.held, re.DOTALL)
+            if part and part[2] is None:
+                self.model, self.span = part[1].decode("utf-8", "replace"), part.span(1)
             size *= 4
-
-    def _search_form(self, delimiter):
-        """Find the part named `model` if it is whole."""
-        pattern = delimiter + _MODEL_PART + rb"(.*?)(?:\r\n" + delimiter + rb"|(\Z))"
-        part = re.search(pattern, self.held, re.DOTALL)
-        if part and part[2] is None:
-            self.model, self.span = part[1].decode("utf-8", "replace"), part.span(1)
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -6135,7 +6134,6 @@ class _Reader:
 # refuses NaN: int("NaN") raises ValueError
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
-_ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _NO_BRACE = re.compile(rf"""["']?[\w$ .-]{{1,99}}["']\s*:\s*{_VALUE.pattern}""")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
@@ -6148,7 +6146,7 @@ def _object_in(text):
     if _NO_BRACE.match(text):
         text = "{" + text
     elif _ENCODED.match(text):
-        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
+        text = _unescaped(text)
     if _SCALARS.match(text):
         return None
     while (at := text.find("{", end)) >= 0:
