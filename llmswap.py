@@ -5480,6 +5480,7 @@ class Body:
             self._read_json(is_needed)
 
     def _decode(self):
+        """Undo the content coding, for which the body is read whole."""
         self.hold(sys.maxsize)
         decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
         try:
@@ -5968,6 +5969,7 @@ _REPEATED_QUOTES = re.compile(  # a string in tripled or doubled quotes
 )
 # Blanks, and comments if they are few and short
 _GAP = re.compile(r"\s*(?:(?:(?://|#)[^\n]{0,200}|/\*[^*]{0,200}\*/)\s*){0,4}")
+_COMMAS = re.compile(rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}")
 _JUNK = re.compile(r"(?s)(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(?:\*/|\Z))*")
 _COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
 _QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
@@ -5975,10 +5977,9 @@ _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
 _BARE_KEY = r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
 _ANY_KEY = re.compile(rf"{_KEY.pattern}|{_BARE_KEY}")
 _VALUE = re.compile(r"(?:[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None)")
-# Behind a comma: a member, perhaps without its colon, a closing bracket, or the end
+# A member, perhaps without its colon, a closing bracket, or the end of the text
 _AFTER_COMMA = re.compile(
-    rf"(?:[\s,;，；]|\.\.+|…){{0,50}}{_GAP.pattern}"
-    rf"(?:[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:{_VALUE.pattern}|\Z)|{_ANY_KEY.pattern})"
+    rf"[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:{_VALUE.pattern}|\Z)|{_ANY_KEY.pattern}"
 )
 _INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # the string goes on and ends later
 _BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
@@ -6110,8 +6111,10 @@ class _Reader:
         if closers[-1] != "}":
             is_next = after > at and _VALUE.match(text, after)
             return is_comma or text[after] == ":" or bool(is_next)
-        pattern = _AFTER_COMMA if is_comma else _ANY_KEY if is_bare else _KEY
-        return bool(pattern.match(text, after))
+        if is_comma:
+            after = _COMMAS.match(text, after).end()
+            return bool(_AFTER_COMMA.match(text, after))
+        return bool((_ANY_KEY if is_bare else _KEY).match(text, after))
 
     def _read_bare(self, put):
         """Read a number, a word, or a string that lacks its quotes."""
