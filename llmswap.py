@@ -5136,7 +5136,7 @@ STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 SMALL_BODY = 1 << 20  # bytes of a body that are held even if they are not needed
 READ_SIZE = 1 << 11  # bytes read at once of heads, and held by each waiting stream
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
-EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
+EXCERPT_SIZE = 1 << 11  # bytes kept of an answer's start and end; a zero byte between
 EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
 COMMENT_EVERY = 10.0  # s; no known client gives up before 30 s of silence
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
@@ -5177,21 +5177,18 @@ class StallMonitor:
                 raise problem
 
 
-def _retried(call, argument, on_timeout):
-    """Return `call(argument)`, repeated after `on_timeout()` whenever it times out."""
-    while True:
-        try:
-            return call(argument)
-        except _TIMEOUTS:
-            on_timeout()
-
-
 def send_all(sock: socket.socket, data, monitor: StallMonitor):
     """Send all of `data`; call `monitor` after each POLL_INTERVAL without progress."""
     left = memoryview(data)
     while len(left):
         monitor.restart()
-        left = left[_retried(sock.send, left, monitor) :]
+        sent = 0
+        while not sent:
+            try:
+                sent = sock.send(left)
+            except _TIMEOUTS:
+                monitor()
+        left = left[sent:]
 
 
 class SocketReader:
@@ -5207,14 +5204,21 @@ class SocketReader:
     def recv(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
         if not self.buffer:
-            return _retried(self.sock.recv, size, self.on_timeout)
+            return self._receive(size)
         piece, self.buffer = self.buffer[:size], self.buffer[size:]
         return piece
+
+    def _receive(self, size):
+        while True:
+            try:
+                return self.sock.recv(size)
+            except _TIMEOUTS:
+                self.on_timeout()
 
     def line(self, pattern: "re.Pattern") -> "re.Match":
         """Read a line that matches the pattern. Raise BadRequest, EOFError."""
         while b"\n" not in self.buffer and len(self.buffer) < MAX_CHUNK_LINE:
-            piece = _retried(self.sock.recv, READ_SIZE, self.on_timeout)
+            piece = self._receive(READ_SIZE)
             if not piece:
                 raise EOFError("the connection closed between two chunks")
             self.buffer += piece
@@ -5617,15 +5621,14 @@ class ClientResponse:
     problem = None  # why it is an error or broke off
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
-    excerpt = b""  # its first and last EXCERPT_SIZE bytes; b"\0" for what is between
     _head = b""  # to be sent with the first piece
     _frame = bytes  # makes what is sent from a piece of payload
     _is_delimited = True  # the client notices if the end of the payload is missing
     _is_events = False
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
-        self.sock = sock
-        self.extra = extra
+        self.sock, self.extra = sock, extra
+        self.excerpt = bytearray()  # the payload's first and last EXCERPT_SIZE bytes
         self.is_persistent = request is not None and request.is_persistent
         self._is_head = request is not None and request.method == "HEAD"
         self._may_chunk = not (self._is_head or request is None or request.is_http_10)
@@ -5669,8 +5672,7 @@ class ClientResponse:
         self.sent += len(piece)
         self.excerpt += piece
         if len(self.excerpt) > 2 * EXCERPT_SIZE:
-            last = self.excerpt[-EXCERPT_SIZE:]
-            self.excerpt = self.excerpt[:EXCERPT_SIZE] + b"\0" + last
+            self.excerpt[EXCERPT_SIZE:-EXCERPT_SIZE] = b"\0"
         self._put(self._frame(piece))
 
     def end(self):
