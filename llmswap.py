@@ -5070,7 +5070,7 @@ STALL_SECONDS = 60.0  # without a byte in the middle of a body; as nginx
 SMALL_BODY = 1 << 20  # bytes of a body that are held even if they are not needed
 READ_SIZE = 1 << 11  # bytes read at once of heads, and held by each waiting stream
 BUFFER_SIZE = 1 << 18  # bytes read at once of other bodies
-EXCERPT_SIZE = 1 << 11  # bytes that are kept of an answer's start, and of its end
+EXCERPT_SIZE = 1 << 11  # bytes kept of an answer's start and end; a zero byte between
 EARLY_HEAD_AFTER = 3.0  # s of waiting; a failure before that has its own HTTP status
 COMMENT_EVERY = 10.0  # s; no known client gives up before 30 s of silence
 STALL_CHECK_AFTER = 5.0  # s of silence until a backend is checked for a hang
@@ -5111,6 +5111,20 @@ class StallMonitor:
                 raise problem
 
 
+def send_all(sock: socket.socket, data, monitor: StallMonitor):
+    """Send all of `data`; call `monitor` after each POLL_INTERVAL without progress."""
+    left = memoryview(data)
+    while len(left):
+        monitor.restart()
+        sent = 0
+        while not sent:
+            try:
+                sent = sock.send(left)
+            except _TIMEOUTS:
+                monitor()
+        left = left[sent:]
+
+
 class SocketReader:
     """Reads one connection through a buffer, on one thread. `on_timeout()` is called
     whenever POLL_INTERVAL passes without a byte; it may raise."""
@@ -5123,38 +5137,36 @@ class SocketReader:
 
     def recv(self, size=READ_SIZE) -> bytes:
         """Return the next bytes, at most `size`; b"" at the end of the stream."""
+        if not self.buffer:
+            return self._receive(size)
         piece, self.buffer = self.buffer[:size], self.buffer[size:]
-        while not piece:
+        return piece
+
+    def _receive(self, size):
+        while True:
             try:
                 return self.sock.recv(size)
             except _TIMEOUTS:
                 self.on_timeout()
-        return piece
 
     def line(self, pattern: "re.Pattern") -> "re.Match":
         """Read a line that matches the pattern. Raise BadRequest, EOFError."""
-        data = self.buffer
-        while b"\n" not in data and len(data) < MAX_CHUNK_LINE:
-            self.buffer = b""
-            piece = self.recv()
+        while b"\n" not in self.buffer and len(self.buffer) < MAX_CHUNK_LINE:
+            piece = self._receive(READ_SIZE)
             if not piece:
                 raise EOFError("the connection closed between two chunks")
-            data += piece
-        match = pattern.match(data)
+            self.buffer += piece
+        match = pattern.match(self.buffer)
         if not match:
-            raise BadRequest(f"chunks or trailer malformed at {data[:40]!r}")
-        self.buffer = data[match.end() :]
+            raise BadRequest(f"chunks or trailer malformed at {self.buffer[:40]!r}")
+        self.buffer = self.buffer[match.end() :]
         return match
 
     def head(self) -> bytes:
         """Return a whole head with its blank line; b"" if the stream ends before it.
         Raise HeadersTooLarge, and BadRequest as soon as the bytes cannot be a head."""
-        data, received = b"", 0
-        while True:
-            searched = max(0, len(data) - 3)
-            piece = self.recv()
-            if not piece:
-                return b""
+        data, received, searched = b"", 0, 0
+        while piece := self.recv():
             self.is_untouched = False
             received += len(piece)
             data = _EMPTY_LINES.sub(b"", data + piece)  # some send one after a body
@@ -5167,34 +5179,24 @@ class SocketReader:
             if _ILLEGAL_IN_HEAD.search(data, searched):
                 text = "this is not HTTP/1 in lines that end with CRLF"
                 raise BadRequest(f"{text}; is it TLS (https://)?")
+            searched = max(0, len(data) - 3)
             self.on_timeout()  # limits a head that is sent byte by byte, too
-
-
-def send_all(sock: socket.socket, data, monitor: StallMonitor):
-    """Send all of `data`; call `monitor` after each POLL_INTERVAL without progress."""
-    monitor.restart()
-    left = memoryview(data)
-    while len(left):
-        try:
-            left = left[sock.send(left) :]
-            monitor.restart()
-        except _TIMEOUTS:
-            monitor()
+        return b""
 
 
 # -- heads -----------------------------------------------------------------------------
 
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _ILLEGAL_IN_HEAD = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
-_HEADER_LINE = rb"%b:%b\r\n" % (_TOKEN, _TEXT)
-_HEADER_LINES = re.compile(rb"(?:%b)*\r\n" % _HEADER_LINE)
-_VERSION = rb"HTTP/1\.(?P<minor>[01])"
-_REQUEST_LINE = re.compile(
-    rb"(?P<method>%b) (?P<target>[!-~\x80-\xff]+) %b" % (_TOKEN, _VERSION)
-)
-_STATUS_LINE = re.compile(rb"%b ([1-5][0-9][0-9])(?: %b)?" % (_VERSION, _TEXT))
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_TEXT = r"[\t\x20-\x7e\x80-\xff]*"
+_HEADER_LINE = rf"({_TOKEN}):({_TEXT})\r\n"
+_HEADER_LINES = re.compile(rf"(?m)^{_HEADER_LINE}")
+_VERSION = r"HTTP/1\.(?P<minor>[01])"
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~\x80-\xff]+) {_VERSION}")
+_STATUS_LINE = re.compile(rf"{_VERSION} ([1-5][0-9][0-9])(?: {_TEXT})?")
+_FRAMING = re.compile("content-length: ([0-9]{1,18})|transfer-encoding: chunked|")
+_FRAMED_BY = frozenset(("content-length", "transfer-encoding"))
 
 
 def as_chunk(piece) -> bytes:
@@ -5215,10 +5217,6 @@ def end_to_end(head: "MessageHead", dropped: FrozenSet[str] = frozenset()) -> He
     return [header for header in head.headers if header[0] not in dropped]
 
 
-_FRAMING = ("content-length", "transfer-encoding")
-_LENGTH = re.compile("content-length: ([0-9]{1,18})")
-
-
 def is_event_stream(headers: Mapping[str, str]) -> bool:
     """Return whether a payload with these headers is a readable stream of events."""
     kind = headers.get("content-type", "").lower()
@@ -5230,38 +5228,32 @@ class MessageHead:
     """A head of strict HTTP/1: no folding, no bare CR or LF, no blank before a colon.
     Raise BadRequest, HeadersTooLarge.
 
-    `headers` have names in lower case; Content-Length and Transfer-Encoding are not
-    among them, but in `length`, which is `default` without them, and `is_chunked`. A
-    body without a length or chunks ends with the connection. `is_persistent`: the
-    connection may go on (of HTTP/1.0: never).
+    `headers` have names in lower case; those of the framing are in `length`, which is
+    `default` without them, and `is_chunked`. A body with neither ends with the
+    connection. `is_persistent`: the connection may go on (of HTTP/1.0: never).
     """
 
     def __init__(self, raw: bytes, start_line: "re.Pattern", default: Optional[int]):
-        line_end = raw.index(b"\r\n")
-        self.start = start_line.fullmatch(raw, 0, line_end)
+        start, _, lines = raw.decode("latin-1").partition("\r\n")
+        self.start = start_line.fullmatch(start)
         if not self.start:
-            raise BadRequest(f"not an HTTP/1 start line: {raw[:line_end][:200]!r}")
-        if not _HEADER_LINES.fullmatch(raw, line_end + 2):
+            raise BadRequest(f"not an HTTP/1 start line: {start[:200]!r}")
+        fields = _HEADER_LINES.findall(lines)
+        if len(fields) + 1 != lines.count("\n"):
             raise BadRequest("a header line is malformed")
-        self.headers, framing = [], []
-        for line in raw.decode("latin-1").split("\r\n")[1:-2]:
-            name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip("\t ")
-            if name in _FRAMING:
-                framing.append(f"{name}: {value}".lower())
-            else:
-                self.headers.append((name, value))
-        if len(self.headers) + len(framing) > MAX_HEADER_LINES:
+        if len(fields) > MAX_HEADER_LINES:
             raise HeadersTooLarge(f"more than {MAX_HEADER_LINES} header lines")
-        self.is_http_10 = self.start["minor"] == b"0"
-        counted = _LENGTH.fullmatch("\n".join(framing))
-        self.is_chunked = framing == ["transfer-encoding: chunked"]
-        if framing and not counted and not self.is_chunked:
+        self.headers, framing = [], []
+        for name, value in fields:
+            header = name.lower(), value.strip("\t ")
+            (framing if header[0] in _FRAMED_BY else self.headers).append(header)
+        known = _FRAMING.fullmatch("\n".join(map(": ".join, framing)).lower())
+        if not known:
             text = "a body needs one Content-Length, or Transfer-Encoding: chunked"
             raise BadRequest(text)
-        self.length = None if framing else default
-        if counted:
-            self.length = int(counted[1])
+        self.length = int(known[1]) if known[1] else None if framing else default
+        self.is_chunked = bool(framing) and not known[1]
+        self.is_http_10 = self.start["minor"] == "0"
         self._first_values = dict(reversed(self.headers))
         self.connection = ", ".join(self.all("connection")).lower()
         self.is_persistent = "close" not in self.connection and not self.is_http_10
@@ -5280,9 +5272,8 @@ class Request(MessageHead):
 
     def __init__(self, raw: bytes):
         super().__init__(raw, _REQUEST_LINE, 0)
-        self.method = self.start["method"].decode()
+        self.method, self.target = self.start[1], self.start[2]
         self.is_safe = self.method in ("GET", "HEAD", "OPTIONS")
-        self.target = self.start["target"].decode("latin-1")
         if self.is_http_10 and self.is_chunked:
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
         hosts = self.all("host")
@@ -5307,13 +5298,15 @@ class Request(MessageHead):
 # -- bodies ----------------------------------------------------------------------------
 
 _LENIENT = json.JSONDecoder(strict=False)  # allows line feeds in strings
+_MAY_BE_JSON = re.compile(rb"[\s\xef\xbb\xbf]*(?:\{|\Z)")
 _BOUNDARY = re.compile(r'(?i)boundary=(?:"([^"]+)"|([^\s;]+))')
-_MODEL_FIELD = re.compile(
-    rb'(?im)^content-disposition:[^\r\n]*[; ]name="?model"?[ \t]*(?:;|\r?$)'
+_MODEL_PART = (  # the head of a form's part of that name, behind the boundary
+    rb"\r\n(?=(?:[^\r\n]+\r\n){0,20}?(?i:content-disposition):[^\r\n]*"
+    rb'[; ](?i:name="?model"?)[ \t]*[;\r])(?:[^\r\n]+\r\n){0,20}\r\n'
 )
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;%b)?\r\n" % _TEXT)
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{_TEXT})?\r\n".encode())
 _CHUNK_END = re.compile(rb"\r\n")
-_TRAILER = re.compile(rb"%b|\r\n" % _HEADER_LINE)
+_TRAILER = re.compile(rf"{_HEADER_LINE}|\r\n".encode())
 
 
 def read_payload(
@@ -5362,12 +5355,12 @@ class Body:
     span = (0, 0)  # of the bytes in which a form has the model
 
     def __init__(self, reader: SocketReader, request: Request, limit: int):
-        self._reader = reader
-        self._limit = limit
+        self._reader, self._limit = reader, limit
         self._pieces = read_payload(reader, request)
         self.length = request.length
+        self.is_complete = self.length == 0
         coding = request.get("content-encoding").lower()
-        self.coding = coding if self.length != 0 else ""
+        self.coding = "" if self.is_complete else coding
         if self.coding not in ("", "gzip", "deflate"):
             text = f"the content coding {self.coding!r} is not supported"
             raise UnsupportedCoding(f"{text}, only gzip and deflate")
@@ -5376,7 +5369,6 @@ class Body:
         self._expects = expected == "100-continue" and not request.is_http_10
         self.held = bytearray()
         self.received = 0  # bytes of payload
-        self.is_complete = self.length == 0
         self.on_tick = lambda: None  # called before each piece, and while none comes
 
     def _check_size(self, size):
@@ -5389,73 +5381,6 @@ class Body:
         while not self.is_complete and self.received < size:
             self.held += self._next_piece()
         return self.is_complete
-
-    def find_model(self, content_type: str, is_needed=True):
-        """Find the model that it names: JSON is read whole, a form as far as its field
-        `model`. If the model is not needed, a form is read no further than SMALL_BODY,
-        and what is no JSON object stays as it is."""
-        self._decode()
-        self.hold(1)
-        if not content_type.lower().startswith("multipart/form-data"):
-            return self._read_json(is_needed)
-        size, is_whole = SMALL_BODY, False
-        while not is_whole and self.model is None:
-            is_whole = self.hold(size) or not is_needed
-            self._search_form(content_type, is_needed)
-            size *= 4
-
-    def _read_json(self, is_needed):
-        start = bytes(self.held[:64]).lstrip(b" \t\r\n\xef\xbb\xbf")
-        if start[:1] not in (b"{", b"") and not is_needed:
-            return
-        self.hold(sys.maxsize)
-        if not self.held:
-            return
-        try:
-            members = _LENIENT.decode(str(self.held, "utf-8-sig"))
-            if not isinstance(members, dict):
-                raise ValueError("it is another JSON value")
-        except MALFORMED as error:
-            if is_needed:
-                raise BadRequest(f"the body is not a JSON object: {error}") from None
-            return
-        model = members.get("model")
-        self.model = model if isinstance(model, str) else None
-        self.is_json, self.members = True, members
-
-    def _search_form(self, content_type, is_needed):
-        """Find the part named `model` among those that are whole."""
-        boundary = _BOUNDARY.search(content_type)
-        if not boundary:
-            if is_needed:
-                raise BadRequest("multipart/form-data without a boundary")
-            return
-        delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
-        part = re.compile(re.escape(delimiter) + rb"\r\n((?:[^\r\n]+\r\n){0,20})\r\n")
-        for match in part.finditer(self.held):
-            if _MODEL_FIELD.search(match[1]):
-                start = match.end()
-                end = self.held.find(b"\r\n" + delimiter, start - 2)
-                if end >= 0:
-                    self.model = self.held[start:end].decode("utf-8", "replace")
-                    self.span = start, end
-                return  # if it is not whole, no later one is
-
-    def _decode(self):
-        """Undo its content coding if it has one; then all of it is read."""
-        if not self.coding:
-            return
-        self.hold(sys.maxsize)
-        data = bytes(self.held)
-        decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
-        try:
-            self.held = bytearray(decoder.decompress(data, self._limit + 1))
-        except zlib.error as error:
-            raise BadRequest(f"the content coding of the body: {error}") from None
-        self._check_size(len(self.held))
-        if not decoder.eof or decoder.unused_data:
-            raise BadRequest("the content coding of the body ends too early or late")
-        self.coding = ""
 
     def rest(self) -> Iterable[bytes]:
         """Yield what is not held as it arrives; then the body cannot be sent again."""
@@ -5479,6 +5404,62 @@ class Body:
         self._check_size(self.received)
         self.is_complete = not piece or self.received == self.length
         return piece
+
+    def find_model(self, content_type: str, is_needed=True):
+        """Find the model that it names: JSON is read whole, a form as far as its field
+        `model`. If the model is not needed, a form is read no further than SMALL_BODY,
+        and what is no JSON object stays as it is."""
+        if self.coding:
+            self._decode()
+        self.hold(1)
+        if content_type.lower().startswith("multipart/form-data"):
+            self._read_form(content_type, is_needed)
+        elif is_needed or _MAY_BE_JSON.match(self.held):
+            self._read_json(is_needed)
+
+    def _decode(self):
+        """Undo the content coding, for which the body is read whole."""
+        self.hold(sys.maxsize)
+        decoder = zlib.decompressobj(47)  # reads zlib's format and gzip's
+        try:
+            self.held[:] = decoder.decompress(bytes(self.held), self._limit + 1)
+        except zlib.error as error:
+            raise BadRequest(f"the content coding of the body: {error}") from None
+        self._check_size(len(self.held))
+        if not decoder.eof or decoder.unused_data:
+            raise BadRequest("the content coding of the body ends too early or late")
+        self.coding = ""
+
+    def _read_json(self, is_needed):
+        self.hold(sys.maxsize)
+        try:
+            members = _LENIENT.decode(str(self.held, "utf-8-sig")) if self.held else {}
+            if not isinstance(members, dict):
+                raise ValueError("it is another JSON value")
+        except MALFORMED as error:
+            if is_needed:
+                raise BadRequest(f"the body is not a JSON object: {error}") from None
+            return
+        model = members.get("model")
+        self.model = model if isinstance(model, str) else None
+        self.is_json, self.members = bool(self.held), members
+
+    def _read_form(self, content_type, is_needed):
+        """Read until the part named `model` is whole."""
+        boundary = _BOUNDARY.search(content_type)
+        if not boundary:
+            if is_needed:
+                raise BadRequest("multipart/form-data without a boundary")
+            return
+        delimiter = re.escape("--" + (boundary[1] or boundary[2])).encode("latin-1")
+        pattern = delimiter + _MODEL_PART + rb"(.*?)(?:\r\n" + delimiter + rb"|(\Z))"
+        size, is_whole = SMALL_BODY, False
+        while not is_whole and self.model is None:
+            is_whole = self.hold(size) or not is_needed
+            part = re.search(pattern, self.held, re.DOTALL)
+            if part and part[2] is None:
+                self.model, self.span = part[1].decode("utf-8", "replace"), part.span(1)
+            size *= 4
 
 
 # -- edits -----------------------------------------------------------------------------
@@ -5575,32 +5556,33 @@ class ClientResponse:
     is_cancelled = False  # set by another thread to end the request
     sent = 0  # bytes of payload
     _head = b""  # to be sent with the first piece
-    _is_chunked = _is_counted = _is_events = False
-    _first = _last = b""  # bytes of the payload
+    _frame = bytes  # makes what is sent from a piece of payload
+    _is_delimited = True  # the client notices if the end of the payload is missing
+    _is_events = False
 
     def __init__(self, sock: socket.socket, request: Optional[Request], extra: Headers):
-        self.sock = sock
-        self.extra = extra
+        self.sock, self.extra = sock, extra
+        self.excerpt = bytearray()  # the payload's first and last EXCERPT_SIZE bytes
         self.is_persistent = request is not None and request.is_persistent
-        self._is_http_10 = request is not None and request.is_http_10
         self._is_head = request is not None and request.method == "HEAD"
+        self._may_chunk = not (self._is_head or request is None or request.is_http_10)
         self._comment_at = time.monotonic() + EARLY_HEAD_AFTER
         self._stall = StallMonitor(STALL_SECONDS, on_tick=self.check_cancelled)
 
     def start(self, status: int, headers: Headers, length: Optional[int]):
         """Set the head, which is sent with the first piece, or by `flush`."""
-        self.status, self._is_counted = status, length is not None
+        self.status = status
         self._is_events = length is None and is_event_stream(dict(headers))
-        self._is_chunked = length is None and not (self._is_http_10 or self._is_head)
+        self._is_delimited = length is not None or self._may_chunk
         framing = []
-        if self._is_chunked:
+        if length is None and self._may_chunk:
+            self._frame = as_chunk
             framing.append(("transfer-encoding", "chunked"))
         elif length is not None and status not in (101, 204, 304):
             framing.append(("content-length", str(length)))
         if status != 101 and not self.is_persistent:
             framing.append(("connection", "close"))
-        reason = http.client.responses.get(status, "")
-        start = f"HTTP/1.1 {status} {reason}"
+        start = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
         self._head = render_head(start, headers + self.extra + framing)
 
     def answer(self, payload: bytes, status=200, *headers: Tuple[str, str]):
@@ -5622,28 +5604,18 @@ class ClientResponse:
         if not self.sent:
             self.first_at = time.monotonic()
         self.sent += len(piece)
-        missing = EXCERPT_SIZE - len(self._first)
-        self._first += piece[:missing]
-        self._last = (self._last + piece[missing:])[-EXCERPT_SIZE:]
-        self._put_framed(piece)
-
-    @property
-    def excerpt(self) -> bytes:
-        """The first and the last EXCERPT_SIZE bytes of the payload; a zero byte stands
-        for those between them."""
-        gap = b"\0" if self.sent > 2 * EXCERPT_SIZE else b""
-        return self._first + gap + self._last
+        self.excerpt += piece
+        if len(self.excerpt) > 2 * EXCERPT_SIZE:
+            self.excerpt[EXCERPT_SIZE:-EXCERPT_SIZE] = b"\0"
+        self._put(self._frame(piece))
 
     def end(self):
         """End the body, which is complete."""
-        self._put_framed(b"")
+        self._put(self._frame(b""))
 
     def flush(self):
         """Send the head if that was not done yet."""
         self._put(b"")
-
-    def _put_framed(self, piece):
-        self._put(as_chunk(piece) if self._is_chunked else piece)
 
     def _put(self, data):
         if self._head:
@@ -5671,7 +5643,7 @@ class ClientResponse:
         if self.progress_event and self.is_early and not self.sent:
             event = self.progress_event() or event
         if event and self._is_between_events():
-            self._put_framed(event)
+            self._put(self._frame(event))
 
     def check_cancelled(self):
         """Raise RequestCancelled if the request was cancelled."""
@@ -5715,7 +5687,7 @@ class ClientResponse:
                 return self.end()
             self.flush()
         self.is_persistent = False
-        if not self._is_chunked and not self._is_counted:
+        if not self._is_delimited:
             linger = struct.pack("ii", 1, 0)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.sock.close()  # after a shutdown() it would end normally
@@ -5896,10 +5868,6 @@ def _copy(source, target):
 # within a string may lack their backslash, a quote ends the string only if JSON could
 # go on behind it. Lookahead is bounded, so time is linear for any text.
 
-MAX_DEPTH = 400  # json itself stops near 1000
-MAX_OBJECTS = 32  # tried in one text
-CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
-
 _ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
 _ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
@@ -5942,17 +5910,18 @@ _JUNK = re.compile(r"(?s)(?:[\s\ufeff,;，；]+|\.\.+|…|(?://|#)[^\n]*|/\*.*?(
 _COLON = re.compile(r"\s*(?:[:：][\s:：]*=?|=+>?|->)")
 _QUOTED = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|`[^`\n]{0,200}`|“[^”\n]{0,200}”)"""
 _KEY = re.compile(_QUOTED + r"\s{0,99}[:：=]")
-_BARE_KEY = re.compile(
-    r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
-)
+_BARE_KEY = r"[A-Za-z_$][\w$.-]{0,99}(?: [\w$.-]{1,99})?\s{0,99}[:：](?![/\\:])"
+_ANY_KEY = re.compile(rf"{_KEY.pattern}|{_BARE_KEY}")
 _VALUE = re.compile(r"(?:[\"'“‘`\[{(\d.+-]|true|false|null|True|False|None)")
 # A member, perhaps without its colon, a closing bracket, or the end of the text
-_AFTER_COMMA = re.compile(rf"[}}\]]|\Z|{_QUOTED}\s{{0,99}}({_VALUE.pattern}|[:：=]|\Z)")
+_AFTER_COMMA = re.compile(
+    rf"[}}\]]|\Z|{_QUOTED}\s{{0,99}}(?:{_VALUE.pattern}|\Z)|{_ANY_KEY.pattern}"
+)
 _INSIDE = re.compile(r'[^"\n{]{0,200}"\s*[,}\])]')  # the string goes on and ends later
 _BARE_NAME = re.compile(r'(?:([^\s:：=,;{}\[\]"][^:：=,;{}\[\]"\n]*)|.)"?', re.DOTALL)
 _NEXT_MEMBER = re.compile(rf"\s*,\s*{_KEY.pattern}")
-_WORD = re.compile(r"[-+.\w]+")
-_BARE_STOP = re.compile(r"[\[\]{}(),;，；]|\n\s*")
+_SCALAR = re.compile(r"([-+.\w]+)(\s*[,;，；](?!\d))?")
+_BARE_STOP = re.compile(r"[\[\]{}(),;，；]|\n\s*|\Z")
 _FORGOTTEN_END = re.compile(r"(,\s*|(?<=[^\s{\[(])\s*\n\s*)\Z")
 
 
@@ -5960,170 +5929,150 @@ class _Reader:
     """Reads one object, however broken, in one pass."""
 
     def __init__(self, text: str, at: int):
-        self.text = text
-        self.at = at + 1
-        self._stack = [{}]  # the objects and arrays that are open
-        self._closers = "}"  # what should close them
+        self.text, self.at = text, at
+        self._closers = ""  # what should close the containers that are open
 
     def read(self):
-        """Return the object; raise ValueError if the braces hold something else."""
-        [root] = self._stack
-        while self._stack and self._skip(_JUNK):
-            char = self.text[self.at : self.at + 1]
-            if not char:
-                break
-            if char in "}])":
-                self._close(char)
-            elif self._closers[-1] == "}":
-                self._read_member(char)
+        """Return the container that opens at the cursor. Raise ValueError if the braces
+        hold something else, and RecursionError."""
+        opener = self.text[self.at]
+        container = {} if opener == "{" else []
+        self._closers += _CLOSERS[opener]
+        self.at += 1
+        while char := self._next():
+            if opener == "{":
+                key = self._key(char, is_first=not container)
+                if key is not None:
+                    self._read_value(functools.partial(container.__setitem__, key))
             elif char == ":":
                 raise ValueError("a member in an array that was not closed")
             else:
-                self._read_value()
-        return root
+                self._read_value(container.append)
+        self._closers = self._closers[:-1]
+        return container
 
     def _skip(self, pattern):
-        """Go past a match at the cursor; return whether there is one."""
-        match = pattern.match(self.text, self.at)
-        self.at = match.end() if match else self.at
-        return bool(match)
+        """Go past a match at the cursor; return the character behind it."""
+        self.at = pattern.match(self.text, self.at).end()
+        return self.text[self.at : self.at + 1]
 
-    def _take(self, start, end, after):
-        self.at = after
-        return _unescaped(self.text[start:end])
+    def _next(self):
+        """Go to the next member or item, past brackets that close nothing. Return its
+        first character; "" if the container ends, with or without its bracket."""
+        while (char := self._skip(_JUNK)) in ("}", "]", ")"):
+            goes_on = _NEXT_MEMBER.match(self.text, self.at + 1)
+            if char in self._closers and not (goes_on and self._closers == "}"):
+                self.at += char == self._closers[-1]
+                return ""
+            self.at += 1
+        return char
 
-    def _add(self, value, key):
-        if self._closers[-1] == "}":
-            self._stack[-1][key] = value
-        else:
-            self._stack[-1].append(value)
-
-    def _close(self, char):
-        """Close the innermost container that `char` can close, and those inside it."""
-        depth = self._closers.rfind(char)
-        self.at += 1
-        if depth == 0 and _NEXT_MEMBER.match(self.text, self.at):
-            depth = 1  # one brace too many: the object goes on
-        if depth >= 0:
-            del self._stack[depth:]
-            self._closers = self._closers[:depth]
-
-    def _read_member(self, char):
-        """Read a key and its value; a key without a value is dropped."""
+    def _key(self, char, is_first):
+        """Read a key and its colon; return None if no value follows."""
         if char in _CLOSERS:
             self.at += 1
-            return
+            return None
         is_quoted = char in _QUOTES
         if is_quoted:
-            key = self._string("key")
+            key = self._string(is_key=True)
         else:
             name = _BARE_NAME.match(self.text, self.at)
             key = _unescaped((name[1] or "").strip(" \t'`“”‘’"))
             self.at = name.end()
-        after = _GAP.match(self.text, self.at).end()
-        if self._skip(_COLON) or (is_quoted and _VALUE.match(self.text, after)):
-            self._read_value(key)
-        elif not self._stack[-1]:
-            if not is_quoted or self.text[after : after + 1] in (",", "}"):
-                raise ValueError("text, or a set")
+        colon = _COLON.match(self.text, self.at)
+        after = (colon or _GAP.match(self.text, self.at)).end()
+        if colon or (is_quoted and _VALUE.match(self.text, after)):
+            self.at = after
+            return key
+        if is_first and (not is_quoted or self.text[after : after + 1] in (",", "}")):
+            raise ValueError("text, or a set")
+        return None
 
-    def _read_value(self, key=None):
-        """Read the value at the cursor; nothing is added if there is none."""
-        self._skip(_GAP)
-        char = self.text[self.at : self.at + 1]
+    def _read_value(self, put):
+        """Read the value at the cursor, if there is one, and `put` it."""
+        char = self._skip(_GAP)
         if char in _QUOTES:
-            self._add(self._string(), key)
+            put(self._string())
         elif char in _CLOSERS:
-            if len(self._stack) >= MAX_DEPTH:
-                raise RecursionError("too deep")
-            value = {} if char == "{" else []
-            self._add(value, key)
-            self._stack.append(value)
-            self._closers += _CLOSERS[char]
-            self.at += 1
+            put(self.read())
         elif char not in ",;，；}])":
-            self._read_bare(key)
+            self._read_bare(put)
 
-    def _string(self, role="string"):
+    def _string(self, is_key=False):
         """Read the string at the cursor, up to its quote or where that is missing."""
         text, start = self.text, self.at + 1
         match = _REPEATED_QUOTES.match(text, self.at)
-        is_key = role == "key"
-        if match and (match[1] or is_key or self._may_end(match.end(), role)):
-            return self._take(*match.span(match.lastindex), match.end())
-        quotes = re.compile(rf"\\.|[{_QUOTES[text[self.at]]}]", re.DOTALL)
-        nested, since = 0, start  # open brackets of JSON within the string, as in {"
-        for at in map(re.Match.start, quotes.finditer(text, start)):
-            if nested > 0:
-                inside, since = text[since:at], at
-                nested += sum(map(inside.count, "{[(")) - sum(map(inside.count, "}])"))
-            if nested > 0 or text[at] == "\\":
-                continue
-            if role == "key" or self._may_end(at + 1, role):
-                return self._take(start, at, at + 1)
-            before = text[max(start, at - 99) : at]
-            if _KEY.match(text, at) and _FORGOTTEN_END.search(before):
-                end = at - len(_FORGOTTEN_END.search(before)[0])
-                return self._take(start, end, end)
-            if before.rstrip().endswith(("{", "[", "(")):
-                nested, since = 1, at
-        raw, self.at = text[start:], len(text)
-        if raw.count("}") > raw.count("{"):
-            raw = raw.rstrip("}]) \t\r\n“”‘’'\"")
-        return _unescaped(raw)
+        if match and (match[1] or is_key or self._may_end(match.end())):
+            self.at = match.end()
+            return _unescaped(match[match.lastindex])
+        quotes = _QUOTES[text[self.at]]
+        tokens = re.compile(rf"(?s)\\.|[{quotes}{{}}()[\]]")
+        nested = 0  # open brackets of JSON within the string, as in {"
+        for token in tokens.finditer(text, start):
+            char, at = token[0], token.start()
+            if nested:
+                nested += (char in "{[(") - (char in "}])")
+            elif char in quotes:
+                if is_key or self._may_end(at + 1):
+                    end, self.at = at, at + 1
+                    break
+                before = text[max(start, at - 99) : at]
+                forgotten = _FORGOTTEN_END.search(before)
+                if forgotten and _KEY.match(text, at):
+                    end = self.at = at - len(forgotten[0])
+                    break
+                nested = before.rstrip().endswith(("{", "[", "("))
+        else:
+            end = self.at = len(text)
+            if text.count("}", start) > text.count("{", start):
+                end = len(text.rstrip("}]) \t\r\n“”‘’'\""))
+        return _unescaped(text[start:end])
 
-    def _may_end(self, at, role):
-        """Return whether JSON could go on at `at` after what `role` names: a "string",
-        "bare" text or a "scalar"."""
-        text, depth = self.text, len(self._stack)
+    def _may_end(self, at, is_bare=False):
+        """Return whether JSON could go on at `at`, behind a string or a bare value."""
+        text, closers = self.text, self._closers
         after = _GAP.match(text, at).end()
         for _ in range(16):
             if text[after : after + 1] not in ("}", "]", ")"):
                 break
-            closed = self._closers.rfind(text[after], 0, depth)
-            depth = depth if closed < 0 else closed
-            if depth == 0:
+            if text[after] in closers:
+                closers = closers[: closers.rindex(text[after])]
+            if not closers:
                 return not _INSIDE.match(text, after + 1)
             at = after + 1
             after = _GAP.match(text, at).end()
         if after >= len(text) or text.startswith("```", after):
             return True
         is_comma = text[after] in ",;，；"
-        if self._closers[depth - 1] != "}":
-            is_value = after > at and _VALUE.match(text, after)
-            return is_comma or text[after] == ":" or bool(is_value)
+        if closers[-1] != "}":
+            is_next = after > at and _VALUE.match(text, after)
+            return is_comma or text[after] == ":" or bool(is_next)
         if is_comma:
-            if role == "scalar" and not text[after + 1 : after + 2].isdigit():
-                return True
             after = _COMMAS.match(text, after).end()
-            if _AFTER_COMMA.match(text, after):
-                return True
-        is_bare = is_comma or role in ("bare", "scalar")
-        return bool(_KEY.match(text, after) or is_bare and _BARE_KEY.match(text, after))
+            return bool(_AFTER_COMMA.match(text, after))
+        return bool((_ANY_KEY if is_bare else _KEY).match(text, after))
 
-    def _read_bare(self, key):
+    def _read_bare(self, put):
         """Read a number, a word, or a string that lacks its quotes."""
         text, start = self.text, self.at
-        word = _WORD.match(text, start)
-        if word and self._may_end(word.end(), "scalar"):
-            self.at = word.end()
-        if self.at == start or _scalar(word[0]) == word[0]:
+        word = _SCALAR.match(text, start)
+        is_scalar = word and _scalar(word[1]) != word[1]
+        if is_scalar and (word[2] or self._may_end(word.end(), is_bare=True)):
+            self.at = word.end(1)
+        else:
             for stop in _BARE_STOP.finditer(text, start):
                 self.at = stop.start()
-                if stop[0] in self._closers or self._may_end(self.at, "bare"):
+                if stop[0] in self._closers or self._may_end(self.at, is_bare=True):
                     break
-            else:
-                self.at = len(text)
-        raw, is_cut = text[start : self.at].strip(), self.at == len(text)
-        value = _scalar(raw, is_cut)
+        raw = text[start : self.at].strip()
+        value = _scalar(raw, is_cut=self.at == len(text))
         if raw.strip("+-."):
-            self._add(_unescaped(raw) if value == raw else value, key)
+            put(_unescaped(raw) if value == raw else value)
 
 
 # refuses NaN: int("NaN") raises ValueError
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
-_ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _NO_BRACE = re.compile(rf"""["']?[\w$ .-]{{1,99}}["']\s*:\s*{_VALUE.pattern}""")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
@@ -6136,36 +6085,26 @@ def _object_in(text):
     if _NO_BRACE.match(text):
         text = "{" + text
     elif _ENCODED.match(text):
-        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
-    for _ in range(MAX_OBJECTS):
-        at = text.find("{", end)
-        if at < 0 or _SCALARS.match(text):
-            break
-        lead = text[max(end, at - 200) : at]
-        value, as_json, end = _read_object(text, at)
+        text = _unescaped(text)
+    if _SCALARS.match(text):
+        return None
+    while (at := text.find("{", end)) >= 0:
+        lead, value = text[max(end, at - 200) : at], None
+        with contextlib.suppress(ValueError):
+            value, end = _STRICT.raw_decode(text, at)
+            as_json = text[at:end]
+        if value is None or _NEXT_MEMBER.match(text, end):
+            reader, value = _Reader(text, at), None
+            with contextlib.suppress(ValueError):
+                value = reader.read()
+            end, as_json = reader.at, to_json(value).decode()
         is_quoted = value and _QUOTED_KEY.match(text, at)  # not code or prose
         is_announced = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
         if value is not None and (is_quoted or is_announced):
             objects.setdefault(to_json(value), as_json)
-    else:
-        return None
     if len(objects) > 1:
         objects.pop(b"{}", None)
-    return next(iter(objects.values())) if len(objects) == 1 else None
-
-
-def _read_object(text, at):
-    """Return the object at `at` or None, its JSON text, and the position of its end."""
-    with contextlib.suppress(ValueError):
-        value, end = _STRICT.raw_decode(text, at)
-        if not _NEXT_MEMBER.match(text, end):
-            return value, text[at:end], end
-    reader = _Reader(text, at)
-    try:
-        value = reader.read()
-    except ValueError:
-        return None, "", reader.at
-    return value, to_json(value).decode(), reader.at
+    return objects.popitem()[1] if len(objects) == 1 else None
 
 
 def repair_arguments(text: str) -> str:
@@ -6181,6 +6120,7 @@ def repair_arguments(text: str) -> str:
 
 # -- answers: those of an unknown shape stay as they are -------------------------------
 
+CUT_OFF = {"length", "max_tokens", "model_context_window_exceeded", "content_filter"}
 _TOOL_CALL = re.compile(rb'"(?:tool_calls|partial_json|tool_use)"')
 
 
@@ -6239,11 +6179,11 @@ def repair_body(body: bytes) -> bytes:
 
 
 _EVENT_END = re.compile(rb"\n\r?\n")
+_DATA = re.compile(rb"(?m)^data:(.*)")
 
 
 def _data_of(event):
-    lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
-    return b"\n".join(lines).decode()
+    return b"\n".join(_DATA.findall(event)).decode()
 
 
 def _with_data(event, payload):
@@ -6256,16 +6196,16 @@ def _with_data(event, payload):
 class RepairStream:
     """Repairs the tool calls in a stream of OpenAI's chunks or Anthropic's events.
 
-    Other events pass at once. Fragments of arguments are held until their choice or
-    block ends, then sent as they came or, if they need repair, with the whole text in
-    the first. An answer that is no stream is held until its end.
+    Events without a call pass at once. Fragments of arguments are held until the calls
+    have ended, then sent as they came or, of a call that needs repair, with its whole
+    text in the first. An answer that is no stream is held until its end.
     """
 
     def __init__(self):
         self._buffer = bytearray()  # the beginning of an event
-        self._open = {}  # by key of a call that has not ended: its fragments
+        self._calls = {}  # by key of a call that is held: its fragments
+        self._ends = {}  # by choice that has ended meanwhile: its finish reason
         self._held = []  # (event, keys of the calls of which it has fragments)
-        self._repaired = {}  # by key: the new arguments; empty once they were sent
 
     def feed(self, payload: bytes) -> bytes:
         """Return the bytes that can be sent now; `payload` may end within an event."""
@@ -6280,72 +6220,64 @@ class RepairStream:
     def finish(self) -> bytes:
         """Return all that is held; a call that did not end is left as it is."""
         rest = self._pass_event(repair_body(bytes(self._buffer)))
-        return self._end_calls(self._open, self._open) + rest
+        return self._release(is_whole=False) + rest
 
     def _pass_event(self, event):
         """Return the bytes to send once this event has come."""
-        if not (self._open or _TOOL_CALL.search(event)):
+        if not (self._calls or _TOOL_CALL.search(event)):
             return event
         try:
             text = _data_of(event)
             if text.strip() == "[DONE]":
-                return self._end_calls(self._open) + event
+                return self._release() + event
             payload = json.loads(text)
             if payload.get("error"):
-                return self._end_calls(self._open, self._open) + event
+                return self._release(is_whole=False) + event
             return self._pass_payload(event, payload)
         except MALFORMED:
             return event
 
     def _pass_payload(self, event, payload):
         calls, ends = _calls_in(payload)
-        fragments = {key: member[name] for key, member, name in calls}
-        for key in fragments:
-            self._open.setdefault(key, [])
+        for key, member, name in calls:
+            fragments = self._calls.pop(key, [])
+            self._calls[key] = fragments  # last, as `_cut_off` needs it
+            fragments.append(member[name])
+        keys = [key for key, member, name in calls if member[name]]
         is_named = any(member.get("name") for _, member, _ in calls)
-        block = None, payload.get("index", 0)
-        if any(fragments.values()) and is_named and not ends:
-            for (choice, tool), function, name in calls:  # names need not wait
-                text, function[name] = function[name], ""
-                call = {"index": tool, "function": {"arguments": text}}
+        if keys and is_named and not ends:  # names need not wait
+            for (choice, tool), function, name in calls:
+                call = {"index": tool, "function": {"arguments": function[name]}}
                 lone = {"index": choice, "delta": {"tool_calls": [call]}}
                 lone = {**payload, "choices": [{**lone, "finish_reason": None}]}
-                self._hold(_with_data(event, lone), {(choice, tool): text})
-            event = _with_data(event, payload)
-        elif any(fragments.values()):
-            event = self._hold(event, fragments)
-        elif payload.get("type") == "content_block_stop" and block in self._open:
-            event = self._hold(event, {block: ""})  # the next says if it was cut off
-        ended = [key for key in self._open if key[0] in ends]
-        return self._end_calls(ended, _cut_off(ended, ends)) + event
+                self._held.append((_with_data(event, lone), [(choice, tool)]))
+                function[name] = ""
+            return _with_data(event, payload)
+        # what follows the end of an Anthropic block says whether it was cut off
+        is_end = ends or payload.get("type") == "content_block_stop"
+        if keys or (is_end and self._calls):
+            self._held.append((event, keys))
+            self._ends.update(ends)
+            event = b""
+        if ends and all(choice in self._ends for choice, _ in self._calls):
+            return self._release() + event
+        return event
 
-    def _hold(self, event, fragments):
-        for key, text in fragments.items():
-            self._open[key] = self._open.pop(key, [])  # last, as `_cut_off` needs it
-            self._open[key].append(text)
-        self._held.append((event, list(fragments)))
-        return b""
-
-    def _end_calls(self, keys, cut=()):
-        """End these calls, and repair them unless they were cut off. Return the held
-        events of which no call is open any more."""
-        if not keys:
-            return b""
-        for key, is_cut in [(key, key in cut) for key in keys]:
-            text = "".join(self._open.pop(key))
-            repaired = text if is_cut else repair_arguments(text)
-            if repaired != text:
-                self._repaired[key] = repaired
-        out, held, self._held = [], self._held, []
+    def _release(self, is_whole=True):
+        """Return what is held, with its calls repaired unless they were cut off."""
+        texts = {key: "".join(parts) for key, parts in self._calls.items()}
+        for key in _cut_off(texts, self._ends) if is_whole else [*texts]:
+            del texts[key]
+        repaired = {key: repair_arguments(text) for key, text in texts.items()}
+        changed = {key for key in texts if repaired[key] != texts[key]}
+        held, self._held, self._calls, self._ends = self._held, [], {}, {}
+        out = []
         for event, keys in held:
-            if self._open.keys() & keys:
-                self._held.append((event, keys))
-                continue
-            if self._repaired.keys() & keys:
+            if changed.intersection(keys):
                 payload = json.loads(_data_of(event))
                 for key, member, name in _calls_in(payload)[0]:
-                    if member[name] and key in self._repaired:
-                        member[name], self._repaired[key] = self._repaired[key], ""
+                    if member[name] and key in changed:
+                        member[name], repaired[key] = repaired[key], ""
                 event = _with_data(event, payload)
             out.append(event)
         return b"".join(out)
