@@ -58,8 +58,6 @@ import http.client
 import http.server
 import itertools
 import json
-import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -8239,50 +8237,46 @@ MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 
 
-class Log(logging.handlers.QueueListener):
+class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
-    with a priority if stderr is systemd's journal, else with the time.
+    `log(level, text)`, with a level of PRIORITIES; what is less important than `level`
+    is dropped. Lines begin with a priority if stderr is systemd's journal, else with
+    the time.
     """
 
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+    PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 
     def __init__(self):
-        super().__init__(queue.SimpleQueue())
+        self.level = "info"
         self.feed = Broadcast(2000)
+        self._records = queue.SimpleQueue()
         stderr = os.fstat(2)
         stream = f"{stderr.st_dev}:{stderr.st_ino}"
         self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
-        self._handler = logging.handlers.QueueHandler(self.queue)
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._handler)
-        self.set_level("info")
-        self.start()
-
-    def set_level(self, level: str):
-        """Drop what is less important than `level`."""
-        self._handler.setLevel(level.upper())
+        self._writer = start_thread(self._write, "log")
 
     def __call__(self, level: str, text: str):
-        self._logger.log(getattr(logging, level.upper()), text)
+        if self.PRIORITIES[level] <= self.PRIORITIES[self.level]:
+            self._records.put((time.strftime("%H:%M:%S"), level, text))
 
-    def handle(self, record: logging.LogRecord):
-        """Write a record, on a thread of its own. Its further lines are indented, so
-        that none looks like another record."""
-        text = printable(record.getMessage()).replace("\n", "\n  ")
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {text}"
-        self.feed.publish(line)
-        if self._is_journal:
-            priority = f"<{self.PRIORITIES[record.levelname]}>"
-            line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError):  # stderr may be closed
-            print(line, file=sys.stderr, flush=True)
+    def _write(self):
+        """Write records. Their further lines are indented, so that none looks like
+        another record."""
+        for clock, level, text in iter(self._records.get, None):
+            text = printable(text).replace("\n", "\n  ")
+            line = f"{clock} {text}"
+            self.feed.publish(line)
+            if self._is_journal:
+                priority = f"<{self.PRIORITIES[level]}>"
+                line = priority + text.replace("\n", f"\n{priority}")
+            with contextlib.suppress(OSError):  # stderr may be closed
+                print(line, file=sys.stderr, flush=True)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        start_thread(self.stop, "log").join(1.0)
+        self._records.put(None)
+        self._writer.join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8950,7 +8944,7 @@ class Application:
 
     def _set_log_level(self, config):
         is_verbose = self._args.verbose
-        self.log.set_level("debug" if is_verbose else config.settings.log_level)
+        self.log.level = "debug" if is_verbose else config.settings.log_level
 
     def _refresh_cached_models(self):
         """List the models in llama.cpp's cache, and reload if they have changed."""
