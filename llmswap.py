@@ -8644,7 +8644,7 @@ def parse_args(argv: Optional[List[str]]):
     add("--check", help="show each model's command, or its error", **flag)
     add("--units", help="print systemd user units for this file", **flag)
     add("--keys", help="print every key, its default and meaning", **flag)
-    add("--verbose", help="log what models write", **flag)
+    add("--verbose", help="log what models write", action="store_const", const="debug")
     add("--parrot", help="be the demo model server (with --port)", **flag)
     add("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -8869,7 +8869,7 @@ class Application:
         self._is_activated = bool(listeners)
         listeners = listeners or open_listeners(config.settings.listen)
         self.log = Log()
-        self._set_log_level(config)
+        self.log.level = self._args.verbose or config.settings.log_level
         self.pool = Pool(config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -8884,10 +8884,6 @@ class Application:
         if not config.cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
         self._shut_down(self._await_end())
-
-    def _set_log_level(self, config):
-        is_verbose = self._args.verbose
-        self.log.level = "debug" if is_verbose else config.settings.log_level
 
     def _log_models(self, config):
         """Log the models, and what may go wrong with them. It may take long, as it asks
@@ -8962,7 +8958,7 @@ class Application:
             self.config_error = None
             if config.settings.listen != before.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            self._set_log_level(config)
+            self.log.level = self._args.verbose or config.settings.log_level
             self.pool.reload(config)
             self.log("info", f"{self._args.file or 'the cache'} was read again")
             start_thread(self._log_models, "models", config)
