@@ -8889,9 +8889,10 @@ class Application:
         """Log the models, and what may go wrong with them. It may take long, as it asks
         llama-server for its options and looks for files."""
         self.log("info", f"models: {', '.join(config.models) or 'none'}")
-        models = config.models.values()
-        unusable = [f"{m.name} cannot be used: {m.problem}" for m in models if m.problem]
-        for warning in [*config.warnings, *unusable, *config.pitfalls(table_of)]:
+        models, pitfalls = config.models.values(), config.pitfalls(table_of)
+        pairs = [(model.name, model.problem) for model in models if model.problem]
+        unusable = [f"{name} cannot be used: {problem}" for name, problem in pairs]
+        for warning in [*config.warnings, *unusable, *pitfalls]:
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
         for model in models:
