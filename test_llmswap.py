@@ -8182,11 +8182,13 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
 
 
 def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path):
-    started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
-    text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
-    with started_by_hand as server, activation.Activator(text, tmp_path) as systemd:
+    by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
+    text = f"[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
+    with by_hand as server, activation.Activator(text, tmp_path) as systemd:
         with Client(systemd.port) as client:
             assert client.ask("POST", CHAT, {"model": "k"}).status == 200
+            systemd.ini.write_text(quick_file() + text)
+            assert client.ask("GET", "/models?reload=1").status == 200
             eventually(lambda: systemd.statuses == [0])
             assert client.sock.recv(1) == b"" and not family(systemd.token)
         assert server.chat("a").status == 200  # not activated, it stays
@@ -8221,13 +8223,12 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
-def test_sockets_of_another_process_are_not_used(tmp_path):
-    (tmp_path / "m.ini").touch()
+def test_sockets_of_another_process_are_not_used():
     environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
     assert llmswap.passed_listeners(environ) == []
-    command = [*PYTHON, llmswap_file(), tmp_path / "m.ini", "--listen", "unix:/no/way"]
-    env, pipe = {**os.environ, **environ}, subprocess.PIPE
-    done = subprocess.run(command, env=env, stderr=pipe, text=True, timeout=60)
+    words = [*PYTHON, llmswap_file(), os.devnull, "--listen", "unix:/no/way"]
+    env = {**os.environ, **environ}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "without a shell" in done.stderr
 
 
@@ -8316,8 +8317,7 @@ def test_units_are_what_systemd_accepts(tmp_path):
         (tmp_path / name).write_text(unit)
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    paths = map(str, tmp_path.glob("llmswap.*"))
-    verify = ["systemd-analyze", "verify", "--user", *paths]
+    verify = ["systemd-analyze", "verify", "--user", *tmp_path.glob("llmswap.*")]
     env["XDG_RUNTIME_DIR"] = str(tmp_path)
     checked = subprocess.run(verify, capture_output=True, text=True, env=env)
     assert (checked.returncode, checked.stderr) == (0, "")
