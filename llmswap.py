@@ -6663,7 +6663,7 @@ main section { margin-bottom: 26px; }
 #no-models { padding: 72px 24px; text-align: center; }
 #budget p { display: flex; margin-bottom: 10px; }
 #budget span {
-  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
+  flex: 0 1 0; padding: 2px 0 2px 8px;
   overflow: hidden; white-space: nowrap;
   background: var(--sheet); border-left: 3px solid var(--loaded);
 }
@@ -6673,7 +6673,7 @@ main section { margin-bottom: 26px; }
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
 .model {
-  display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
+  display: grid; grid-template-columns: 12px minmax(30%, 1fr) auto auto;
   gap: 0 14px; align-items: baseline; padding: 13px 14px 14px 18px;
 }
 main li:first-child { border: 0; }
@@ -6728,7 +6728,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
 #log { width: 1000px; }
 #lines { height: 80vh; }
 
-@media (max-width: 900px) {
+@media (max-width: 1100px) {
   body { padding: 0 14px 32px; }
   #totals, #search { order: 1; flex: 1 0 100%; }
   .columns { display: block; }
@@ -6739,7 +6739,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
-  .rest .state { grid-column: 2 / -1; text-align: left; }
+  .rest .state { grid-column: 2 / -1; }
   h3 small { display: block; margin: 0; }
 }
 @media (max-width: 620px) { .rest [data-do=log] { display: none; } }
@@ -8588,8 +8588,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
-        self._send([to_json(value)])
+        self._send([b'{"status":"ok","object":"list","data":[{"id":"parrot"}]}'])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
