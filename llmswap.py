@@ -2241,6 +2241,7 @@ HEALTH_TIMEOUT = 5.0  # s; a health check that is not answered by then is repeat
 IDLE_CONNECTIONS = 16  # kept to one backend
 MAX_WAIT = 2000000.0  # s; poll(), which has milliseconds, takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
+PIPE_SIZE = 65536  # bytes, of Linux
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
@@ -2280,63 +2281,54 @@ def read_text_or_empty(path):
 
 def listening_inodes(port: int) -> Set[int]:
     """Return the inodes of the sockets to which 127.0.0.1:`port` may lead; none where
-    the kernel does not tell, so that any listener is believed."""
-    inodes = set()
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(AttributeError, OSError):
-            for message in _listeners(family, port):
-                address = message[24:40]
-                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
-                if is_loopback or not any(address):
-                    inodes.update(struct.unpack_from("=I", message, 84))
-    return inodes
-
-
-def _listeners(family, port):
-    """Yield an inet_diag_msg, with its header, for each socket that listens there.
+    the kernel does not tell, so that any listener is believed.
 
     Asked directly: to write its tables into /proc takes the kernel 20 ms and more.
     """
-    query = struct.pack(
-        "=IHHIIBBBxIHH16s16sIq", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP, 0, 0, family,
-        socket.IPPROTO_TCP, 0, LISTENING, socket.htons(port), 0, b"", b"", 0, -1,
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
-        kernel.settimeout(1.0)
-        kernel.send(query)
-        while True:
+    inodes = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        query = struct.pack(
+            "=IHH8xBB2xIH46x", 72, SOCK_DIAG_BY_FAMILY, NETLINK_DUMP,
+            family, socket.IPPROTO_TCP, LISTENING, socket.htons(port),
+        )
+        with contextlib.suppress(AttributeError, OSError), socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG
+        ) as kernel:
+            kernel.settimeout(1.0)
+            kernel.send(query)
             data = kernel.recv(65536)
-            while data:
-                size, kind = struct.unpack_from("=IH", data)
-                if kind != SOCK_DIAG_BY_FAMILY:
-                    return  # that was the last
-                yield data
-                data = data[(size + 3) & ~3 :]
+            while data[4] == SOCK_DIAG_BY_FAMILY:  # the last message is another
+                address = data[24:40]
+                is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
+                if is_loopback or not any(address):
+                    inodes.update(struct.unpack_from("=I", data, 84))
+                (size,) = struct.unpack_from("=I", data)
+                data = data[(size + 3) & ~3 :] or kernel.recv(65536)
+    return inodes
 
 
 def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
     """Return a process that has this socket open, `likely` ones first, or None."""
     target = f"socket:[{inode}]"
     for pid in itertools.chain(likely, processes()):
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             with os.scandir(f"/proc/{pid}/fd") as entries:
                 if any(os.readlink(entry.path) == target for entry in entries):
                     return pid
-        except OSError:
-            continue  # gone, or another user's
     return None
 
 
 # What /proc says of a process: `start` in ticks since boot, `resident` in pages.
-ProcessStat = namedtuple("ProcessStat", "state group session start resident")
+ProcessStat = namedtuple("ProcessStat", "state group session flags start resident")
+PF_EXITING = 4  # among the flags: it is ending
 
 
-def process_stat(pid: int) -> Optional[ProcessStat]:
-    """Return what /proc says of the process, or None if it has ended."""
+def process_stat(pid: Optional[int]) -> Optional[ProcessStat]:
+    """Return what /proc says of the process, or None if there is none."""
     fields = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not fields:
         return None
-    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
+    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 6, 19, 21)))
 
 
 def processes() -> List[int]:
@@ -2375,7 +2367,7 @@ def foreign_listener(inodes: Set[int], child: int, may_hide: bool) -> Optional[s
     may_hide = may_hide and child_stat.state not in "ZX"  # the dead have no listener
     for inode in inodes:
         holder = holder_of(inode, [child])
-        owner = process_stat(holder) if holder else None
+        owner = process_stat(holder)
         if owner is None:
             if not may_hide and os.access(f"/proc/{child}/fd", os.R_OK):
                 return "a process of another user"
@@ -2408,7 +2400,7 @@ class Upstream:
         self._idle = collections.deque(maxlen=IDLE_CONNECTIONS)  # drops the oldest
         self._active = set()
         self._is_closed, self._tls = False, None
-        self._seen_at, self._suspended = time.monotonic(), suspended_seconds()
+        self.mark_alive()
 
     @property
     def is_busy(self) -> bool:
@@ -2438,33 +2430,33 @@ class Upstream:
 
     def connect(self) -> Tuple[socket.socket, bool]:
         """Return a connection and whether it was used before. Raise OSError."""
-        was_used = False
-        with contextlib.suppress(IndexError):
-            while not was_used:
+        with contextlib.suppress(IndexError):  # when no idle one is left
+            while True:
                 sock, suspended = self._idle.pop()
-                was_suspended = suspended_seconds() > suspended + 1.0
-                rest_of_record = getattr(sock, "pending", int)()  # of TLS
-                has_input = rest_of_record or await_event(sock, select.POLLIN, 0)
-                was_used = not (was_suspended or has_input)
-                if not was_used:  # the backend has closed it, or sent bytes unasked
-                    sock.close()
-        if not was_used:
-            sock = self.dial(10.0)
-            sock.settimeout(POLL_INTERVAL)
-            if not self.is_tls:
-                set_socket_timeouts(sock)
+                is_stale = suspended_seconds() > suspended + 1.0
+                has_input = getattr(sock, "pending", int)()  # the rest of a TLS record
+                if not (is_stale or has_input or await_event(sock, select.POLLIN, 0)):
+                    return self._count(sock), True
+                sock.close()  # the backend has closed it, or sent bytes unasked
+        sock = self.dial(10.0)
+        sock.settimeout(POLL_INTERVAL)
+        if not self.is_tls:
+            set_socket_timeouts(sock)
+        return self._count(sock), False
+
+    def _count(self, sock):
         self._active.add(sock)
         if self._is_closed:
             self.drop(sock)
             raise ConnectionAbortedError("the backend is being stopped")
-        return sock, was_used
+        return sock
 
     def release_connection(self, sock: socket.socket):
         """Take back a connection on which a whole answer was read."""
         self._active.discard(sock)
         self._idle.append((sock, self._suspended))
         if self._is_closed:  # perhaps since this moment
-            self._close_idle()
+            self.close()
 
     def drop(self, sock: socket.socket):
         """Close a connection for good; the backend notices and stops generating."""
@@ -2474,10 +2466,7 @@ class Upstream:
     def close(self):
         """Close what is idle and cut what is not; no more connections are made."""
         self._is_closed = True
-        self._close_idle()
         cut(self._active)
-
-    def _close_idle(self):
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop()[0].close()
@@ -2494,8 +2483,8 @@ def set_socket_timeouts(sock: socket.socket):
     """Let reads and writes block for POLL_INTERVAL at most, without a poll for each."""
     sock.settimeout(None)
     interval = struct.pack("ll", 0, int(POLL_INTERVAL * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, interval)
 
 
 def await_event(file, event: int, seconds: float) -> bool:
@@ -2544,11 +2533,8 @@ class Guard:
     from a dead one. Any thread may call.
     """
 
-    current = None  # the one of this process
-
     def __init__(self):
-        Guard.current = self
-        self._read_end, self.fd = os.pipe()
+        self._read_end = self.fd = None  # until the first start
         self._lock = threading.Lock()  # of the process and the groups
         self._groups = set()
         self._process = None
@@ -2558,6 +2544,8 @@ class Guard:
         with self._lock:
             if self._process and self._process.poll() is None:
                 return
+            if self.fd is None:
+                self._read_end, self.fd = os.pipe()
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", GUARD_SCRIPT, "llmswap-guard"],
                 stdin=self._read_end,
@@ -2596,6 +2584,9 @@ class Guard:
         if self._process:
             self._process.kill()
             self._process.wait()
+
+
+GUARD = Guard()
 
 
 # -- before a start --------------------------------------------------------------------
@@ -2641,26 +2632,25 @@ def run_command(argv: List[str], timeout: float, until=lambda: False, **more):
         "stderr": subprocess.DEVNULL,
         **more,
     }
-    guard, deadline = Guard.current or Guard(), time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
-        process = guard.spawn(argv, **options)
+        process = GUARD.spawn(argv, **options)
     except OSError as error:
         return None, f"{argv[0]}: {error.strerror}"
     output = None
     with process.stdout:
         while output is None:
-            is_over = process.poll() is not None or until()
-            is_over = is_over or time.monotonic() >= deadline
+            is_over = process.poll() is not None or time.monotonic() >= deadline
             try:
                 output, _ = process.communicate(timeout=0.1)
             except subprocess.TimeoutExpired as error:
-                if is_over:  # what it started may hold its output open
+                if is_over or until():  # what it started may hold its output open
                     output = error.output or b""
     status = process.poll()
     if status is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    guard.forget(process.pid)
+    GUARD.forget(process.pid)
     return status, output.decode("utf-8", "replace").strip()
 
 
@@ -2716,20 +2706,21 @@ def check_start(model: Model):
 
 def check_files(model: Model, argv: Sequence[str]):
     """Raise LoadFailed if the program or a file of a llama-server is missing."""
-    cwd = model.settings.cwd or None
+    if not argv:
+        return
+    cwd = model.settings.cwd
+    if cwd and not os.path.isdir(cwd):
+        raise LoadFailed(f"{cwd} is not a folder (cwd)")
     words = itertools.dropwhile(lambda w: w == "env" or ASSIGNMENT.match(w), argv)
-    if argv:
-        if cwd and not os.path.isdir(cwd):
-            raise LoadFailed(f"{cwd} is not a folder (cwd)")
-        program = next(words, "env")
-        if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
-            program = argv[0]  # only env(1) knows what it will run
-        find_program(program, clean_environment(model.environment("0")), cwd)
+    program = next(words, "env")
+    if program.startswith("-") or any(word.startswith("PATH=") for word in argv):
+        program = argv[0]  # only env(1) knows what it will run
+    find_program(program, clean_environment(model.environment("0")), cwd)
     if model.kind == "llama-server":
         for option, path in zip(argv, argv[1:]):
-            if option in ("--model", "--mmproj", "--model-draft"):
-                if not os.path.exists(os.path.join(cwd or "", path)):
-                    raise LoadFailed(f"{path} does not exist (option {option})")
+            is_file = option in ("--model", "--mmproj", "--model-draft")
+            if is_file and not os.path.exists(os.path.join(cwd, path)):
+                raise LoadFailed(f"{path} does not exist (option {option})")
 
 
 # -- a backend -------------------------------------------------------------------------
@@ -2737,6 +2728,7 @@ def check_files(model: Model, argv: Sequence[str]):
 CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is gone
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
+DEATH_TIMEOUT = 5.0  # s for a process that ends to be dead, and to tell why
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 MALFORMED = (  # what reading a JSON document of another shape may raise
@@ -2787,39 +2779,41 @@ class Backend:
     which returns the APIError that tells why it ended by itself, or None.
     """
 
-    def __init__(self, model: Model, listener, location: str = ""):
-        """`location`: the unit or URL; "" for a child process, which has none yet."""
+    pid = None  # of its main process, once known
+    lines = ()  # the last that it wrote, where they are read here
+    progress = None  # of a load, from 0 to 1, where that can be told
+    refusal = None  # the last answer to a health check of the load, for people
+    _problem = None  # why it ended by itself
+    _silent_since = None  # when a request was first found silent
+    _stranger = None  # the process that has its port, for people
+    _sleep_poll, _is_asleep = None, False
+    _is_ready = _is_stop_asked = _is_kill_asked = False
+    _is_saving = False  # its context, though it is asked to stop
+
+    def __init__(self, model: Model, listener, settle_timeout: float):
+        is_child = model.kind in ("llama-server", "cmd")  # it has no place yet
+        location = "" if is_child else model.settings.unit or model.url("")
         self.model = model
         self.upstream = Upstream(model.url("")) if location else None
-        self.pid = None  # of its main process, once known
         self.port = self.upstream and self.upstream.port
         self.location = location  # pid and port, unit or URL, for people
-        self.lines = ()  # the last that it wrote, where they are read here
-        self.started_at = self._progress_at = time.monotonic()
-        self.progress = None  # of a load, from 0 to 1, where that can be told
-        self.refusal = None  # the last answer to a health check of the load, for people
+        self.started_at = time.monotonic()
         self._listener = listener
+        self._settle_timeout = settle_timeout
         self._title = f"{model.name} ({location})" if location else model.name
-        self._load_timeout = model.settings.load_timeout or math.inf
+        self._load_timeout = min(model.settings.load_timeout or math.inf, MAX_WAIT)
+        self._actions = collections.deque()  # what it is asked to do once it is ready
         self._wakeup = threading.Event()
         self._exited = threading.Event()
         self._ended = threading.Event()  # no request may be sent to it any more
-        self._problem = None  # why it ended by itself
-        self._is_explained = threading.Event()
-        self._pending_action = None  # _put_to_sleep or _wake_up
-        self._silent_since = None  # when a request was first found silent
         self._probe_sockets = set()  # which `stop` cuts
-        self._stranger = None  # the process that has its port, for people
-        self._own_inodes = None  # of its listeners
-        self._sleep_poll, self._is_asleep = math.inf, False
-        self._is_ready = self._is_stop_asked = self._is_kill_asked = False
-        self._is_saving = False  # its context, though it is asked to stop
+        self._own_inodes = set()  # of its listeners
 
     # -- called from any thread
 
     def start(self):
         """Begin to run on a thread of its own."""
-        start_thread(self._run, f"model {self.model.name}")
+        self._thread = start_thread(self._run, f"model {self.model.name}")
 
     def stop(self, at_once=False):
         """End it: within its stop timeout if it is loaded, else by a kill."""
@@ -2829,20 +2823,22 @@ class Backend:
 
     def sleep(self):
         """Put it to sleep; one that does not fall asleep is stopped."""
-        self._pending_action = self._put_to_sleep
-        self._wakeup.set()
+        self._ask_for(self._put_to_sleep)
 
     def wake(self):
         """Wake it up; one that does not wake is started anew."""
         self.started_at, self.progress = time.monotonic(), None
-        self._pending_action = self._wake_up
-        self._wakeup.set()
+        self._ask_for(self._wake_up)
 
     def report_stall(self):
         """A request has been silent for long: check for a hang."""
         if self._silent_since is None and self.model.settings.hang_timeout:
             self._silent_since = time.monotonic()
             self._wakeup.set()
+
+    def _ask_for(self, action):
+        self._actions.append(action)
+        self._wakeup.set()
 
     def is_reachable(self) -> Optional[bool]:
         """Return whether a request may be sent; None if it is not known yet."""
@@ -2857,47 +2853,41 @@ class Backend:
 
     def death(self, timeout: float) -> Optional[APIError]:
         """Return why it ended by itself, if that is known within the timeout."""
-        return self._problem if self._is_explained.wait(timeout) else None
+        self._thread.join(timeout)
+        return self._problem
 
     # -- its thread, from the start to the end
 
     def _run(self):
         try:
-            problem = self._live()
+            self._load_and_report()
+            while self._is_ready and self._is_alive():
+                if self._actions:
+                    self._actions.popleft()()
+                elif self._silent_since is not None:
+                    self._check_hang()
+                else:
+                    self._wait(self._sleep_poll)
+                    if self._sleep_poll:
+                        self._look_asleep()
+            if not self._is_stop_asked:
+                if self._is_ready:
+                    self._report_death()
+                self._problem = self._failure()
         except APIError as error:
-            problem = error.with_traceback(None)  # its frames would keep us alive
-            problem.__context__ = None
+            error.__context__ = None
+            self._problem = error.with_traceback(None)  # its frames would keep us alive
         except Exception as error:  # a bug, or no descriptors are left
-            problem = LoadFailed(f"{self.model.name}: {type(error).__name__}: {error}")
-        self._problem = problem
-        self._is_explained.set()
+            text = f"{self.model.name}: {type(error).__name__}: {error}"
+            self._problem = LoadFailed(text)
         try:
             if self.upstream:
                 self.upstream.close()
             self._terminate()
         except OSError as error:
             self._note(f"while it was stopped: {error}")
-        self._listener.on_exited(self, problem)
+        self._listener.on_exited(self, self._problem)
         self._ended.set()
-
-    def _live(self):
-        self._load_and_report()
-        while self._is_ready and self._is_alive():
-            action = self._pending_action
-            if action:
-                self._pending_action = None  # before it runs: one set then must stay
-                action()
-            elif self._silent_since is not None:
-                self._check_hang()
-            else:
-                self._wait(self._sleep_poll)
-                if self._sleep_poll < math.inf:
-                    self._look_asleep()
-        if self._is_stop_asked:
-            return None
-        if self._is_ready:
-            self._report_death()
-        return self._failure()
 
     def _load_and_report(self):
         self._is_ready = self._load()
@@ -2908,7 +2898,6 @@ class Backend:
         """Start it and wait until it is healthy; False: it ended, or is to end."""
         self._exited.clear()
         self._spawn()
-        self._progress_at = time.monotonic()
         return self._await_healthy()
 
     def _is_alive(self):
@@ -2937,7 +2926,7 @@ class Backend:
     # -- waiting and asking
 
     def _wait(self, seconds):
-        self._wakeup.wait(min(seconds, MAX_DURATION))
+        self._wakeup.wait(seconds)
         self._wakeup.clear()
 
     def _interrupt(self):
@@ -2987,26 +2976,23 @@ class Backend:
         """Check its health until it is good; False: it ended, or is to end. Raise
         LoadTimeout when it showed no sign of progress for its load timeout."""
         limit = self._load_timeout
-        self._began = self._looked_at = time.monotonic()
-        self.progress, self.refusal = None, None
-        self._model_size, self._seen_activity = 0, set()
+        self._began = self._looked_at = self._progress_at = time.monotonic()
+        self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
-            asked_at = time.monotonic()
-            left = self._progress_at + limit - asked_at
-            probe = self._probe(min(HEALTH_TIMEOUT, left))
+            probe = self._probe(HEALTH_TIMEOUT)
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
                 raise LoadFailed(f"{self._title} has a bad certificate: {probe.reason}")
-            self._look_at_load()
-            now = time.monotonic()
             if probe.status:
                 self.refusal = f"its check-endpoint answers {probe.status}"
+            self._look_at_load()
+            now = time.monotonic()
             if now >= self._progress_at + limit:
                 text = f"{self._title} showed no sign of progress for {limit:g} s"
                 why = self.refusal or probe.reason
                 raise LoadTimeout(f"{text} ({why}){self._last_lines()}")
-            time.sleep(max(0.0, asked_at + 0.005 - now))
+            time.sleep(0.005)
             self._wait(min(0.1, (now - self._began) / 100))  # or until it writes a line
         return False
 
@@ -3025,10 +3011,9 @@ class Backend:
         if activity not in self._seen_activity:
             self._seen_activity.add(activity)
             self._progress_at = self._looked_at
-        before = self.progress
-        self._model_size = self._model_size or sum(map(model_file_size, family))
-        if self._model_size:
-            share = min(0.99, round(memory / self._model_size, 3))  # it is not ready
+        before, size = self.progress, sum(map(model_file_size, family))
+        if size:
+            share = min(0.99, round(memory / size, 3))  # it is not ready
             self.progress = max(share, before or 0.0)
         self._listener.on_progress(self, self.progress != before)
 
@@ -3036,8 +3021,8 @@ class Backend:
         """A request is silent: without an answer to health in time, too, it hangs."""
         limit = self.model.settings.hang_timeout
         until = self._silent_since + limit
-        while self._is_alive() and time.monotonic() < until:
-            if self._probe(until - time.monotonic()).status is not None:
+        while self._is_alive() and (left := until - time.monotonic()) > 0:
+            if self._probe(left).status is not None:
                 break
             self._wait(min(1.0, until - time.monotonic()))
         else:
@@ -3060,11 +3045,10 @@ class Backend:
             return True
         may_hide = self.model.kind != "llama-server"
         for pause in (0.2, 0.0):  # the first may be the child's, which is ending
-            self._stranger, inodes = None, listening_inodes(self.upstream.port)
-            if inodes != self._own_inodes:
-                self._stranger = foreign_listener(inodes, self.pid, may_hide)
+            new = listening_inodes(self.upstream.port) - self._own_inodes
+            self._stranger = foreign_listener(new, self.pid, may_hide)
             if self._stranger is None:
-                self._own_inodes = inodes
+                self._own_inodes |= new
                 return True
             self._exited.wait(pause)
         return False
@@ -3098,11 +3082,10 @@ class Backend:
             self.stop()
 
     def _wake_up(self):
-        self._progress_at, is_awake = time.monotonic(), False
-        requests = self.model.settings.wake or (WAKE_REQUEST,)
-        if self._probe_all(min(self._load_timeout, MAX_WAIT), requests):
-            with contextlib.suppress(LoadTimeout):
-                is_awake = self._await_healthy()
+        is_awake, requests = False, self.model.settings.wake or (WAKE_REQUEST,)
+        with contextlib.suppress(LoadTimeout):
+            is_awake = self._probe_all(self._load_timeout, requests)
+            is_awake = is_awake and self._await_healthy()
         self._is_asleep = False
         if is_awake:
             self._report_loaded()
@@ -3117,10 +3100,10 @@ class Backend:
     def _look_asleep(self):
         """Find out whether a llama-server has put itself to sleep, or has woken."""
         probe = self._probe(HEALTH_TIMEOUT, ("GET", "/props", ""))
-        match = re.search(rb'"is_sleeping"\s*:\s*(true|false)', probe.body)
-        if match and self._is_asleep != (match[1] == b"true"):
-            self._is_asleep = not self._is_asleep
-            if self._is_asleep:
+        is_asleep = b'"is_sleeping":true' in probe.body.replace(b" ", b"")
+        if probe.ok and self._is_asleep != is_asleep:
+            self._is_asleep = is_asleep
+            if is_asleep:
                 self._listener.on_slept(self)
             else:
                 self._report_loaded()
@@ -3132,13 +3115,20 @@ class Backend:
 class ProcessBackend(Backend):
     """A model server that is a child process, in a session and group of its own."""
 
-    def __init__(self, model: Model, listener, guard: Guard, settle_timeout: float):
-        super().__init__(model, listener)
+    _process = None  # the last that was started
+    _reader = None  # the thread that reads its output
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.lines = collections.deque(maxlen=200)
-        self._guard = guard
-        self._settle_timeout = settle_timeout
-        self._process = None  # the last that was started
-        self._is_output_read = threading.Event()
+
+    def died(self, timeout: float) -> bool:
+        """See Backend. A process that is just ending, whose connections are closed
+        before it is dead, has DEATH_TIMEOUT."""
+        stat = process_stat(self.pid)
+        if stat and stat.flags & PF_EXITING:
+            timeout = max(timeout, DEATH_TIMEOUT)
+        return super().died(timeout)
 
     # -- load
 
@@ -3149,10 +3139,9 @@ class ProcessBackend(Backend):
             is_healthy = super()._load()
             if is_healthy and self._restore_context():
                 return self._is_alive()
-            is_port_chosen = self.upstream.port == self.port
             is_taken = self._stranger or not self._is_listener_ours()
-            may_repeat = is_healthy or is_port_chosen and is_taken
-            if self._is_stop_asked or not may_repeat:
+            is_taken = is_taken and self.upstream.port == self.port
+            if self._is_stop_asked or not (is_healthy or is_taken):
                 return False
             self._terminate()
         return False
@@ -3167,17 +3156,16 @@ class ProcessBackend(Backend):
         self.upstream = Upstream(model.url(str(self.port)))
         if model.kind == "llama-server" and "--sleep-idle-seconds" in argv:
             self._sleep_poll = SLEEP_POLL
-        self._stranger = self._own_inodes = None
+        self._stranger, self._own_inodes = None, set()
         self._oom_kills = oom_kills()
         score = str(model.settings.oom_score_adj)
         argv = ["/bin/sh", "-c", SPAWN_SCRIPT, "sh", score, DESCRIPTORS, *argv]
-        files = {"stdin": self._guard.fd, "stdout": subprocess.PIPE, "bufsize": 0}
-        self._process = self._guard.spawn(argv, **files, **self._surroundings)
+        files = {"stdin": GUARD.fd, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._process = GUARD.spawn(argv, **files, **self._surroundings)
         self.pid = self._process.pid
         self.location = f"pid {self.pid}, port {self.port}"
-        self._is_output_read.clear()
         try:
-            start_thread(self._read_output, "output", self._process)
+            self._reader = start_thread(self._read_output, "output", self._process)
             start_thread(self._await_exit, "exit")
         except RuntimeError:  # no more threads can be started: `_terminate` ends it
             self._exited.set()
@@ -3192,15 +3180,20 @@ class ProcessBackend(Backend):
 
     def _read_output(self, process):
         """Pass its output on line by line to its end, on a thread of its own. A process
-        that left the group may hold it open: it is heard until the leader has ended."""
+        that left the group may hold it open: when the leader has ended, no more is read
+        than the pipe can hold."""
         data, partial_line, exit_fd = b"\n", b"", open_pidfd(process.pid)
+        left = math.inf
         waiter = select.poll()
         for each in filter(None, (process.stdout, exit_fd)):
             waiter.register(each, select.POLLIN)
         with process.stdout as output:
-            while data and process.returncode is None:
-                has_output = output.fileno() in dict(waiter.poll())
-                data = output.read(MAX_LINE // 2) if has_output else b""
+            while data and left > 0 and process.returncode is None:
+                ready = dict(waiter.poll())
+                left = min(left, 2 * PIPE_SIZE) if exit_fd in ready else left
+                is_readable = output.fileno() in ready
+                data = output.read(MAX_LINE // 2) if is_readable else b""
+                left -= len(data)
                 *lines, partial_line = (partial_line + data).split(b"\n")
                 if len(partial_line) > (MAX_LINE // 2 if data else 0):
                     lines, partial_line = [*lines, partial_line], b""
@@ -3212,7 +3205,6 @@ class ProcessBackend(Backend):
                     self._wakeup.set()
         if exit_fd is not None:
             os.close(exit_fd)
-        self._is_output_read.set()
 
     def _await_exit(self):
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # it is not reaped yet
@@ -3221,8 +3213,8 @@ class ProcessBackend(Backend):
 
     def _may_become_ready(self):
         """A stranger on a fixed port may leave it; from a port of ours it does not."""
-        is_early = time.monotonic() < self._began + HEALTH_TIMEOUT
-        if is_early and self.upstream.port != self.port:
+        patience = 0.0 if self.upstream.port == self.port else HEALTH_TIMEOUT
+        if time.monotonic() < self._began + patience:
             self._stranger = None
         return self._is_alive() and not self._stranger
 
@@ -3266,8 +3258,9 @@ class ProcessBackend(Backend):
             self._note(f"process {self.pid} was killed, but hangs in the kernel")
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
-        self._guard.forget(self.pid)
-        self._is_output_read.wait(0.5)
+        GUARD.forget(self.pid)
+        if self._reader:
+            self._reader.join(2.0)
         self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
@@ -3339,12 +3332,10 @@ def _kernel_counts(path, name):
 # What servers write when memory is short: llama.cpp with CUDA, ROCm, Vulkan, Metal and
 # without a GPU; PyTorch; vLLM; and our own words for the kernel's killer.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|ErrorOutOf(Device|Host)Memory|insufficient memory"
+    r"out ?of ?(device|host)? ?memory|insufficient memory|cannot allocate memory"
     r"|unable to allocate \S+ buffer|failed to allocate (?!context\b|.*pinned)"
-    r"|memory allocation of size \d+ failed|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
-    r"|cannot allocate memory|^MemoryError"
-    r"|Free memory on device .* is less than desired GPU memory utilization"
-    r"|No available memory for the cache blocks"
+    r"|memory allocation of size \d+ failed|STATUS_ALLOC_FAILED|bad_alloc|^MemoryError"
+    r"|Free memory on device .* is less than|No available memory for the cache blocks"
     r"|larger than the (available KV cache memory|maximum number of tokens that can)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -3414,19 +3405,16 @@ class ContextStore:
         saved = self._saved.get(folder, SavedContext())
         return saved.size if folder in self._folders else None
 
-    def pop(self, folder: str) -> SavedContext:
-        """Return what was saved there and forget it: it is used once. Raise OSError."""
+    def exchange(self, folder: str, context=SavedContext()) -> SavedContext:
+        """Return what was saved there, and forget it for another context, if any; the
+        oldest contexts beyond the limit go. Raise OSError."""
         with self._lock:
-            saved = self._saved.pop(folder, None)
-            if saved:
+            before = self._saved.pop(folder, SavedContext())
+            if context.slots:
+                self._saved[folder] = context
+            if context.slots or before.slots:
                 self._update()
-            return saved or SavedContext()
-
-    def put(self, folder: str, context: SavedContext):
-        """Remember that; the oldest contexts beyond the limit go. Raise OSError."""
-        with self._lock:
-            self._saved[folder] = context
-            self._update()
+            return before
 
     def _update(self):
         for folder, context in [*self._saved.items()]:
@@ -3541,7 +3529,7 @@ class LlamaServerBackend(ProcessBackend):
         self._longest = 0  # tokens that an answer of this run left in a slot
         self._is_useless = False
         try:
-            saved = self._contexts.pop(self.model.context_dir)
+            saved = self._contexts.exchange(self.model.context_dir)
             paths = [path for _, path, _ in saved.slots if os.path.isfile(path)]
             is_whole = sum(map(os.path.getsize, paths)) == saved.size
             if saved.slots and saved.command != self._digest:
@@ -3567,15 +3555,14 @@ class LlamaServerBackend(ProcessBackend):
     def _save_context(self):
         """Save what the slots hold, now that no request is left: in `stop-timeout` and
         a tenth of the time to process the prompts again; what takes longer fails."""
-        if self._is_asleep or self._is_kill_asked:
-            return  # asleep, it holds nothing, and a question would wake it
+        if self._is_asleep:
+            return  # it holds nothing, and a question would wake it
         if self._unused and self._is_useless:
             self._count_failure("the restored context was of no use")
+        digest, slots, self._is_saving = self._digest, [], True
         is_wanted = self._contexts.size_of(self.model.context_dir) is not None
-        is_failing = self._contexts.failures[self._digest] >= MAX_FAILURES
-        slots, self._is_saving = [], True
         try:
-            if self._digest and is_wanted and not is_failing:
+            if digest and is_wanted and self._contexts.failures[digest] < MAX_FAILURES:
                 slots = self._save_slots(time.monotonic())
         except (OSError, *MALFORMED) as error:
             self._count_failure(f"context was not saved: {error}")
@@ -3604,17 +3591,17 @@ class LlamaServerBackend(ProcessBackend):
                 slots.append((number, path, answer["n_saved"]))
         if slots:
             saved = SavedContext(self._digest, self._speed, size, slots)
-            self._contexts.put(self.model.context_dir, saved)
+            self._contexts.exchange(self.model.context_dir, saved)
             self._tell("saved", saved, began)
         return slots
 
     def _count_failure(self, text):
-        is_stop_asked = self._is_kill_asked if self._is_ready else self._is_stop_asked
-        if not is_stop_asked:  # else that is why
-            self._contexts.failures[self._digest] += 1
-            if self._contexts.failures[self._digest] >= MAX_FAILURES:
-                text += "; no more contexts are kept"
-            self._note(text)
+        if self._is_kill_asked or (self._is_stop_asked and not self._is_ready):
+            return  # that is why
+        self._contexts.failures[self._digest] += 1
+        if self._contexts.failures[self._digest] >= MAX_FAILURES:
+            text += "; no more contexts are kept"
+        self._note(text)
 
     def _discard_all_but(self, slots):
         """Delete its other files of slots, also those that a kill left behind."""
@@ -3634,8 +3621,7 @@ class LlamaServerBackend(ProcessBackend):
         written. Raise OSError; TimeoutError if it is late."""
         request = "GET", target, ""
         if path:
-            body = json.dumps({"filename": os.path.basename(path)})
-            request = "POST", target, body
+            request = "POST", target, json.dumps({"filename": os.path.basename(path)})
         probe = self._probe(deadline - time.monotonic(), request)
         if probe.ok:
             return json.loads(probe.body)
@@ -3677,9 +3663,9 @@ def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
-    for pid, _ in ask_gpus("processes"):
+    for pid, _ in ask_gpus("processes", TOOL_TIMEOUT):
         return f"{process_name(pid)} holds GPU memory"
-    use = max((use for use, in ask_gpus("use")), default=0)
+    [use] = max(ask_gpus("use", TOOL_TIMEOUT), default=[0])
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 
@@ -3727,21 +3713,25 @@ def systemctl(unit: str, verb: str, *options: str, **more):
     return run_command(argv, **more)
 
 
+def unit_properties(unit: str, *names: str, **more) -> List[str]:
+    """Return the values of these properties, "unknown" where systemd is silent."""
+    _, text = systemctl(unit, "show", "-p", ",".join(names), **more)
+    values = dict(row.partition("=")[::2] for row in text.split("\n"))
+    return [values.get(name, "unknown") for name in names]
+
+
 def running_units(units: Iterable[str], gives_up: Callable) -> Set[str]:
     """Return those of the units that run. It takes seconds for each if systemd hangs,
     but ends soon once gives_up() is true."""
-    more = {"until": gives_up, "stderr": subprocess.DEVNULL}  # without warnings
-    states = {unit: systemctl(unit, "is-active", **more)[1] for unit in units}
-    return {unit for unit, state in states.items() if state in RUNNING}
+    more = {"until": gives_up}
+    states = {unit: unit_properties(unit, "ActiveState", **more) for unit in units}
+    return {unit for unit, [state] in states.items() if state in RUNNING}
 
 
 class UnitBackend(Backend):
     """A model server that is a systemd service, run by systemctl (which may hang)."""
 
-    def __init__(self, model: Model, listener, settle_timeout: float):
-        super().__init__(model, listener, model.settings.unit)
-        self._settle_timeout = settle_timeout
-        self._is_started = False
+    _is_started = False
 
     def adopt(self):
         """Begin with a unit that runs already, ready or not."""
@@ -3749,14 +3739,13 @@ class UnitBackend(Backend):
         self.start()
 
     def _spawn(self):
-        limit = self._load_timeout
-        deadline = time.monotonic() + limit
         if not self._is_started:
-            systemctl(self.location, "reset-failed")
             self._is_started = True
+            systemctl(self.location, "reset-failed")
+            began, limit = time.monotonic(), self._load_timeout
             limits = {"timeout": limit, "until": lambda: self._is_stop_asked}
             status, text = systemctl(self.location, "start", **limits)
-            if status is None and time.monotonic() >= deadline:
+            if status is None and time.monotonic() >= began + limit:
                 raise LoadTimeout(f"{self._title}: systemctl start took {limit:g} s")
             if status != 0 and not self._is_stop_asked:
                 raise self._end_error(text)
@@ -3767,9 +3756,11 @@ class UnitBackend(Backend):
 
     def _is_active(self):
         """Look for its main process; return whether it runs, as far as systemd says."""
-        shown = self._show(MainPID=self.pid or 0, ActiveState="active")
-        self.pid = int(shown["MainPID"]) or None
-        return shown["ActiveState"] in RUNNING
+        main, state = unit_properties(self.location, "MainPID", "ActiveState")
+        if state == "unknown":
+            return True
+        self.pid = int(main) or None
+        return state in RUNNING
 
     def _watch_unit(self, exited):
         """Wait until its main process ends or, without one, systemd says so."""
@@ -3778,8 +3769,7 @@ class UnitBackend(Backend):
             if exited.wait(interval) or not self._is_active():
                 break
         if fd is not None:
-            while not await_event(fd, select.POLLIN, MAX_WAIT):
-                pass
+            await_event(fd, select.POLLIN, -1)  # for as long as it takes
             os.close(fd)
         exited.set()
         self._interrupt()
@@ -3799,22 +3789,15 @@ class UnitBackend(Backend):
             systemctl(self.location, "kill", "--signal=KILL")
             systemctl(self.location, "stop")
         self._exited.set()
-        self._is_ready = self._is_started = False
+        self._is_started = False
         settle(gpu_users, self._settle_timeout)
-
-    def _show(self, **defaults):
-        """Return these properties of the unit, the defaults if systemd is silent."""
-        _, text = systemctl(self.location, "show", "-p", ",".join(defaults))
-        shown = dict(row.partition("=")[::2] for row in text.split("\n"))
-        return {**defaults, **shown}
 
     def _failure(self):
         """Why it ended; None: somebody else stopped it, which is no failure, or has
         restarted it: then it is left alone."""
-        properties = ("MainPID", "ActiveState", "Result", "ExecMainStatus")
+        names = "MainPID", "ActiveState", "Result", "ExecMainStatus"
         for _ in range(100):  # systemd may notice the end after us
-            shown = self._show(**dict.fromkeys(properties, "unknown"))
-            main, state, result, status = (shown[name] for name in properties)
+            main, state, result, status = unit_properties(self.location, *names)
             is_changing = state.endswith("activating") and result == "success"
             if main != str(self.pid) and not (is_changing and main == "0"):
                 break
@@ -3850,9 +3833,7 @@ class RemoteBackend(Backend):
     """A server elsewhere. To stop it is to forget it. If it vanishes, it has no
     problem: it is asleep, not broken."""
 
-    def __init__(self, model: Model, listener):
-        super().__init__(model, listener, model.url(""))
-        self._next_packet = 0.0
+    _next_packet = 0.0
 
     def is_reachable(self) -> Optional[bool]:
         """See Backend. It is asked unless it gave a sign of life lately."""
@@ -3871,7 +3852,7 @@ class RemoteBackend(Backend):
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._give_up()
-        return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
+        return self._exited.is_set() and self._ended.wait(DEATH_TIMEOUT)
 
     def _give_up(self):
         self._exited.set()
@@ -3986,7 +3967,7 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
     """Return the bytes of `vram` and `ram` that the llama-fit-params beside the model's
     llama-server prints for those options that it has, projector and draft model added;
     {} if it prints none. Takes 20 s at most."""
-    cwd = model.settings.cwd or None
+    cwd = model.settings.cwd
     try:
         argv = model.command(table_of(model), "0")
         server = os.path.realpath(find_program(argv[0], os.environ, cwd))
@@ -3994,26 +3975,26 @@ def fit_params_estimate(model: Model) -> Dict[str, int]:
         return {}
     tool = os.path.join(os.path.dirname(server), "llama-fit-params")
     _, text = run_command([tool, "--help"], TOOL_TIMEOUT)
-    known = {}  # how many values follow, by option
-    for match in OPTION_HELP.finditer(text):
-        count = len((match[2] or "").split())
-        known.update(dict.fromkeys(re.split(", +", match[1]), count))
-    if "-fitp" not in known:
+    counts = {  # of values that follow, by option
+        option: len(values.split())
+        for options, values, _ in OPTION_HELP.findall(text)
+        for option in re.split(", +", options)
+    }
+    if "-fitp" not in counts:
         return {}
-    command, words = [tool], iter([*argv[1:], "--offline"])
+    command, words = [tool], iter([*argv[1:], "--offline", "-fitp", "on"])
     for word in words:
-        if word in known:
-            command += [word, *itertools.islice(words, known[word])]
-    command += ["-fitp", "on"]
-    more = {"env": clean_environment(model.environment("0")), "cwd": cwd}
+        if word in counts:
+            command += [word, *itertools.islice(words, counts[word])]
+    more = {"env": clean_environment(model.environment("0")), "cwd": cwd or None}
     _, text = run_command(command, TOOL_TIMEOUT, **more)
-    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     amounts = {"vram": 0, "ram": 0}
+    rows = re.findall(r"^(\S+) (\d+) (\d+) (\d+) *$", text, re.MULTILINE)
     for name, *megabytes in rows:
         is_host = name.lower() == "host"
         amounts["ram" if is_host else "vram"] += sum(map(int, megabytes)) << 20
-    companions = size_of_files(argv, cwd or "", COMPANION_OPTIONS)
-    amounts["vram" if len(rows) > 1 else "ram"] += companions
+    companions = size_of_files(argv, cwd, COMPANION_OPTIONS)
+    amounts["vram" if amounts["vram"] else "ram"] += companions
     return amounts if rows else {}
 
 
@@ -4147,7 +4128,8 @@ def _command_key(model):
 # -- what is known of a model without loading it ---------------------------------------
 
 LOOK_TIMEOUT = 0.05  # s that a client waits for a look at files, which may be slow
-LOOK_EVERY = 1.0  # s, at most, unless a model is new
+LOOK_EVERY = 1.0  # s, at most, unless the configuration is new
+INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 GGUF_HEAD = 1 << 18  # bytes; the metadata before the tokenizer's are in them
 GGUF_FACT = re.compile(  # a key of two words, the code of its type, and its value
     rb"\0[\w-]+\.(\w+)(?:\x04\0\0\0(.{4})|\x07\0\0\0([\0\1]))", re.DOTALL
@@ -4186,29 +4168,26 @@ class Inspector:
     """
 
     def __init__(self):
-        self._details = {}  # by name: (model, Details)
+        self._looked = [], {}  # the models of the last look, and their Details by name
+        self._look = threading.Thread()  # the last one at files
+        self._next_look_at = 0.0
         self._read_once = functools.lru_cache(None)(lambda path, *_: read_gguf(path))
-        self._looked_at = -math.inf
-        self._look = threading.Thread()  # the last look at files
 
     def details_of(self, models: Sequence[Model]) -> Dict[str, Details]:
         """Look at the models; return the Details by name that are known in time."""
-        is_due = time.monotonic() >= self._looked_at + LOOK_EVERY
-        is_due = is_due or len(self._known(models)) < len(models)
-        if is_due and not self._look.is_alive():
-            self._look = start_thread(self._inspect_all, "files", list(models))
-            self._looked_at = time.monotonic()
+        looked_at, details = self._looked
+        if looked_at != models:  # the configuration is new
+            details, self._next_look_at = {}, 0.0
+        self._looked = models, details
+        if time.monotonic() >= self._next_look_at and not self._look.is_alive():
+            self._next_look_at = time.monotonic() + LOOK_EVERY
+            self._look = start_thread(self._inspect_all, "files", models, details)
         self._look.join(LOOK_TIMEOUT)
-        return {**{model.name: Details() for model in models}, **self._known(models)}
+        return {model.name: details.get(model.name, Details()) for model in models}
 
-    def _known(self, models):
-        """Return the Details by name of those of the models that were looked at."""
-        pairs = ((model, self._details.get(model.name)) for model in models)
-        return {m.name: pair[1] for m, pair in pairs if pair and pair[0] is m}
-
-    def _inspect_all(self, models):
+    def _inspect_all(self, models, details):
         for model in models:
-            self._details[model.name] = model, self._inspect(model)
+            details[model.name] = self._inspect(model)
 
     def _inspect(self, model):
         table, problem = table_of(model), None
@@ -4221,24 +4200,19 @@ class Inspector:
             problem = error.with_traceback(None)
         if table is None:
             return Details(argv, problem=problem)
-        options, inputs = table.read(argv[1:]), ["text"]
-        header = self._header(model, options.get("--model", ""))
-        projector = self._header(model, options.get("--mmproj", ""))
-        for encoder, name in (("vision", "image"), ("audio", "audio")):
-            if projector.get(f"has_{encoder}_encoder"):
-                inputs.append(name)
-        trained = header.get("context_length")
+        options, facts = table.read(argv[1:]), {}
+        for name in ("--mmproj", "--model"):
+            with contextlib.suppress(OSError, ValueError):
+                path = os.path.join(model.settings.cwd, options.get(name, ""))
+                file = os.stat(path)
+                facts.update(self._read_once(path, file.st_size, file.st_mtime_ns))
+        encoders = [each for each in INPUTS if facts.get(f"has_{each}_encoder")]
+        inputs = ["text", *(INPUTS[each] for each in encoders)]
+        trained = facts.get("context_length")
         meta = {"n_ctx": options.get("--ctx-size"), "n_ctx_train": trained}
         is_number = re.compile("[1-9][0-9]{0,8}").fullmatch
         meta = {name: int(text) for name, text in meta.items() if is_number(str(text))}
         return Details(argv, model.preset(table), options, problem, inputs, meta)
-
-    def _header(self, model, path):
-        with contextlib.suppress(OSError, ValueError):
-            path = os.path.join(model.settings.cwd, path)
-            status = os.stat(path)
-            return self._read_once(path, status.st_size, status.st_mtime_ns)
-        return {}
 
 
 # ==================================================================================
@@ -4377,7 +4351,6 @@ class Pool:
         self._contexts = ContextStore()
         self._log = log
         self._clock = clock
-        self._guard = Guard.current or Guard()
         self._make_backend = make_backend or self._backend_of_kind
         self._backends = {}
         self._outputs = {}  # by model: Broadcast of lines
@@ -4412,7 +4385,7 @@ class Pool:
     def start(self):
         """Start the timer, adopt units that run, and load the models of
         load-on-startup and keep-loaded."""
-        self._guard.start()
+        GUARD.start()
         self._contexts.configure(self.config)
         self._scheduler.is_keep_loaded_paused = True  # load-on-startup comes first
         self._timer_thread = start_thread(self._timer_loop, "timer")
@@ -4885,15 +4858,11 @@ class Pool:
         return backend
 
     def _backend_of_kind(self, model, listener):
-        settle_timeout = self.config.settings.settle_timeout
-        if model.kind == "unit":
-            return UnitBackend(model, listener, settle_timeout)
-        if model.kind == "remote":
-            return RemoteBackend(model, listener)
-        arguments = model, listener, self._guard, settle_timeout
+        arguments = model, listener, self.config.settings.settle_timeout
         if model.context_dir:
             return LlamaServerBackend(*arguments, contexts=self._contexts)
-        return ProcessBackend(*arguments)
+        kinds = {"unit": UnitBackend, "remote": RemoteBackend}
+        return kinds.get(model.kind, ProcessBackend)(*arguments)
 
     def _stop(self, name, run, cause, newcomer, to_sleep):
         self._metrics["stops", name, cause] += 1
@@ -5043,7 +5012,7 @@ class Pool:
                 backend.stop()  # also one that is falling asleep
         with self._lock:
             self._changed.wait_for(lambda: not self._backends)
-        self._guard.close()
+        GUARD.close()
 
     def kill(self):
         """Kill every backend now, without grace; a `close` that runs then ends soon."""
@@ -7354,7 +7323,6 @@ LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 TEXT_LIMIT = 500  # characters of a text from a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
-INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
 _IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
@@ -7980,7 +7948,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     has_died = backend.died(1.0)
                     if has_died and may_repeat and not is_last:
                         continue
-                    reason = backend.death(1.0) if has_died else None
+                    reason = backend.death(DEATH_TIMEOUT) if has_died else None
                     error = BackendDied(str(reason or error))
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error from None
