@@ -58,8 +58,6 @@ import http.client
 import http.server
 import itertools
 import json
-import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -6531,7 +6529,7 @@ main section { margin-bottom: 26px; }
 #no-models { padding: 72px 24px; text-align: center; }
 #budget p { display: flex; margin-bottom: 10px; }
 #budget span {
-  flex: 0 1 0; min-width: 0; padding: 2px 0 2px 8px;
+  flex: 0 1 0; padding: 2px 0 2px 8px;
   overflow: hidden; white-space: nowrap;
   background: var(--sheet); border-left: 3px solid var(--loaded);
 }
@@ -6541,7 +6539,7 @@ main section { margin-bottom: 26px; }
 /* One model */
 .model, .request { --tone: var(--soft); border-top: 1px solid var(--line); }
 .model {
-  display: grid; grid-template-columns: 12px minmax(0, 1fr) auto auto;
+  display: grid; grid-template-columns: 12px minmax(30%, 1fr) auto auto;
   gap: 0 14px; align-items: baseline; padding: 13px 14px 14px 18px;
 }
 main li:first-child { border: 0; }
@@ -6596,7 +6594,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
 #log { width: 1000px; }
 #lines { height: 80vh; }
 
-@media (max-width: 900px) {
+@media (max-width: 1100px) {
   body { padding: 0 14px 32px; }
   #totals, #search { order: 1; flex: 1 0 100%; }
   .columns { display: block; }
@@ -6607,7 +6605,7 @@ dialog { margin: auto; width: 400px; max-width: calc(100vw - 24px); padding: 16p
   .buttons { grid-column: 2 / -1; grid-row: 9; margin: 10px 0 0 -8px; }
   .buttons :last-child { margin-left: auto; }
   .rest .buttons { grid-area: 1 / 3; margin: 0; }
-  .rest .state { grid-column: 2 / -1; text-align: left; }
+  .rest .state { grid-column: 2 / -1; }
   h3 small { display: block; margin: 0; }
 }
 @media (max-width: 620px) { .rest [data-do=log] { display: none; } }
@@ -8099,55 +8097,52 @@ DRAIN_SECONDS = 30.0  # for the requests in flight at shutdown
 REFUSAL_SECONDS = 1.0  # for the refusals of requests that came during shutdown
 EXTEND_TIMEOUT = "EXTEND_TIMEOUT_USEC=15000000"  # sent to systemd during shutdown
 EXTEND_EVERY = 5.0  # s between two of these
+GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 
 
-class Log(logging.handlers.QueueListener):
+class Log:
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
-    with a priority if stderr is systemd's journal, else with the time.
+    `log(level, text)`, with a level of PRIORITIES; what is less important than `level`
+    is dropped. Lines begin with a priority if stderr is systemd's journal, else with
+    the time.
     """
 
-    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+    PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 
     def __init__(self):
-        super().__init__(queue.SimpleQueue())
+        self.level = "info"
         self.feed = Broadcast(2000)
+        self._records = queue.SimpleQueue()
         stderr = os.fstat(2)
         stream = f"{stderr.st_dev}:{stderr.st_ino}"
         self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
-        self._handler = logging.handlers.QueueHandler(self.queue)
-        self._logger = logging.Logger("llmswap")
-        self._logger.addHandler(self._handler)
-        self.set_level("info")
-        self.start()
-
-    def set_level(self, level: str):
-        """Drop what is less important than `level`."""
-        self._handler.setLevel(level.upper())
+        self._writer = start_thread(self._write, "log")
 
     def __call__(self, level: str, text: str):
-        self._logger.log(getattr(logging, level.upper()), text)
+        if self.PRIORITIES[level] <= self.PRIORITIES[self.level]:
+            self._records.put((time.strftime("%H:%M:%S"), level, text))
 
-    def handle(self, record: logging.LogRecord):
-        """Write a record, on a thread of its own. Its further lines are indented, so
-        that none looks like another record."""
-        text = printable(record.getMessage()).replace("\n", "\n  ")
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{clock} {text}"
-        self.feed.publish(line)
-        if self._is_journal:
-            priority = f"<{self.PRIORITIES[record.levelname]}>"
-            line = priority + text.replace("\n", f"\n{priority}")
-        with contextlib.suppress(OSError):  # stderr may be closed
-            print(line, file=sys.stderr, flush=True)
+    def _write(self):
+        """Write records. Their further lines are indented, so that none looks like
+        another record."""
+        for clock, level, text in iter(self._records.get, None):
+            text = printable(text).replace("\n", "\n  ")
+            line = f"{clock} {text}"
+            self.feed.publish(line)
+            if self._is_journal:
+                priority = f"<{self.PRIORITIES[level]}>"
+                line = priority + text.replace("\n", f"\n{priority}")
+            with contextlib.suppress(OSError):  # stderr may be closed
+                print(line, file=sys.stderr, flush=True)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        start_thread(self.stop, "log").join(1.0)
+        self._records.put(None)
+        self._writer.join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8157,20 +8152,16 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, sockets: List[socket.socket], pool: Pool, log: Log, application):
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.server_close()  # the socket that the base class has made
-        self.sockets = sockets
         self.pool, self.log, self.application = pool, log, application
         self.requests = RequestLog()
         self.born = int(time.time())
         self.is_closing = False
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = min(hard, MAX_DESCRIPTORS)
-        with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            soft = limit
-        self.max_connections = min(MAX_CONNECTIONS, soft // 2)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_connections = min(MAX_CONNECTIONS, limit // 2)
+        self._connections = {}  # those open; whether they wait for a next request
         self._active_at = time.monotonic()
-        self._connections, self._idle_connections = set(), set()
         self._accepting = threading.Lock()
+        self._sockets = sockets
         for sock in sockets:
             sock.setblocking(False)
 
@@ -8181,15 +8172,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=None):
         """Accept until `stop`; the base class would wake up twice a second."""
-        waiter = select.poll()
-        for each in (self._stop_reader, *self.sockets):
-            waiter.register(each, select.POLLIN)
+        sources = [*self._sockets, self._stop_reader]
         while not self.is_closing:
-            ready = {fd for fd, _ in waiter.poll()}
-            for self.socket in self.sockets:  # on which get_request() accepts
+            for self.socket in select.select(sources, [], [])[0]:
                 with self._accepting:
-                    if self.socket.fileno() in ready and not self.is_closing:
-                        self._handle_request_noblock()
+                    if not self.is_closing:
+                        self._handle_request_noblock()  # accepts on self.socket
 
     def is_alive(self) -> bool:
         """Return whether connections are accepted, or are not to be accepted."""
@@ -8207,17 +8195,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def verify_request(self, request, client_address):
         """Return whether the connection is to be served; else refuse it."""
-        if len(self._connections) < self.max_connections:
-            self._connections.add(request)
+        if len(self._connections) < self._max_connections:
+            self._connections[request] = False
             return True
-        reason = f"{self.max_connections} connections are open already"
+        reason = f"{self._max_connections} connections are open already"
         refuse_connection(request, reason)
         return False
 
     def shutdown_request(self, request):
         """Close a connection that was served or refused."""
         super().shutdown_request(request)
-        self._connections.discard(request)
+        self._connections.pop(request, None)
 
     def handle_error(self, request, client_address):
         """Log the traceback of a bug. The caller closes the connection."""
@@ -8225,23 +8213,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     def await_next_request(self, connection: socket.socket) -> bool:
         """Return whether a request begins within IDLE_SECONDS; `stop` ends the wait."""
-        self._idle_connections.add(connection)
+        self._connections[connection] = True
         self._active_at = time.monotonic()
         is_open = not self.is_closing
         has_begun = is_open and await_event(connection, select.POLLIN, IDLE_SECONDS)
-        self._idle_connections.discard(connection)
+        self._connections[connection] = False
         return has_begun
 
     def inactive_since(self) -> Optional[float]:
         """Return when a connection last became idle; None while any is busy."""
-        is_busy = len(self._connections) > len(self._idle_connections)
+        is_busy = False in list(self._connections.values())
         return None if is_busy else self._active_at
 
     def try_idle_exit(self) -> bool:
         """Accept no more and return True, unless a connection is busy or waits to be
         accepted. Later ones wait in the backlog of the sockets, which systemd keeps."""
         with self._accepting:
-            pending = select.select(self.sockets, [], [], 0)[0]
+            pending = select.select(self._sockets, [], [], 0)[0]
             self.is_closing = self.inactive_since() is not None and not pending
         return self.is_closing
 
@@ -8250,11 +8238,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_closing = True
         self._stop_writer.close()
         self._thread.join(1.0)
-        for sock in self.sockets:
+        for sock in self._sockets:
             sock.close()  # it is never shut down: systemd may own it
-        for connection in list(self._idle_connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
+        for connection, is_idle in list(self._connections.items()):
+            if is_idle:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
 
 
 def refuse_connection(connection: socket.socket, reason: str):
@@ -8269,6 +8258,24 @@ def refuse_connection(connection: socket.socket, reason: str):
 # -- listening -------------------------------------------------------------------------
 
 Address = Union[Tuple[str, int], str]  # of an INET socket, or the path of a Unix one
+
+
+def open_listeners(addresses: Iterable[Address]) -> List[socket.socket]:
+    """Return listening sockets. Raise OSError if an address cannot be used; exit with
+    status 0 if llmswap answers there already."""
+    listeners = []
+    for address in addresses:
+        try:
+            listeners.append(open_listener(address))
+        except OSError as error:
+            shown = shown_address(address)
+            if error.errno == errno.EADDRINUSE and is_llmswap(address):
+                print(f"llmswap answers at {shown} already", file=sys.stderr)
+                sys.exit(0)
+            # without "(while attempting to bind on address ...)"
+            reason = str(error.strerror or error).partition(" (while ")[0]
+            raise OSError(f"cannot listen on {shown}: {reason}") from None
+    return listeners
 
 
 def open_listener(address: Address) -> socket.socket:
@@ -8320,10 +8327,26 @@ def _joined(host, port):
 
 
 def passed_listeners(environ: Mapping[str, str]) -> List[socket.socket]:
-    """Return the listening sockets that systemd passed to this process."""
-    is_ours = environ.get("LISTEN_PID") == str(os.getpid())
-    count = int(environ.get("LISTEN_FDS") or 0) if is_ours else 0
+    """Return the listening sockets that systemd passed to this process. If it passed
+    them to another one, such as a shell around this, say so."""
+    count = int(environ.get("LISTEN_FDS") or 0)
+    if count and environ.get("LISTEN_PID") != str(os.getpid()):
+        text = "systemd passed its sockets to another process: start llmswap "
+        print(f"{text}without a shell around it, or with exec", file=sys.stderr)
+        return []
     return [socket.socket(fileno=fd) for fd in range(3, 3 + count)]
+
+
+def refuse_pending_connections():
+    """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
+    start llmswap for them again and again."""
+    reason = "llmswap cannot start: its file is broken, its log says where"
+    for listener in passed_listeners(os.environ):
+        while select.select([listener], [], [], 0)[0]:
+            connection = listener.accept()[0]
+            refuse_connection(connection, reason)
+            lingering_close(connection)
+            connection.close()
 
 
 class SystemdNotifier:
@@ -8363,7 +8386,7 @@ UNITS = """\
 Description=Address of llmswap
 
 [Socket]
-{streams}
+ListenStream={streams}
 SocketMode=0660
 BindIPv6Only=ipv6-only
 
@@ -8397,16 +8420,16 @@ WantedBy=default.target
 
 def units_for(config: Config) -> str:
     """Return a socket and a service unit for the user's systemd that run this file."""
-    words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
-    addresses = []
+    streams = []
     for address in config.settings.listen:
         if isinstance(address, str):
-            addresses.append(os.path.abspath(address).replace("%", "%%"))
+            streams.append(os.path.abspath(address).replace("%", "%%"))
         else:  # numeric, as systemd does not look up names
             found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-            addresses.append(_joined(*found[4][:2]))
+            streams.append(_joined(*found[4][:2]))
+    words = [sys.executable, "-m", "llmswap", os.path.abspath(config.path)]
     return UNITS.format(
-        streams="\n".join(f"ListenStream={address}" for address in addresses),
+        streams="\nListenStream=".join(streams),
         folder=os.path.dirname(os.path.abspath(__file__)).replace("%", "%%"),
         path=_unit_word(f"PATH={os.environ.get('PATH', os.defpath)}"),
         command=" ".join(_unit_word(word).replace("$", "$$") for word in words),
@@ -8430,8 +8453,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer health checks and the list of models."""
-        value = {"status": "ok", "object": "list", "data": [{"id": "parrot"}]}
-        self._send([to_json(value)])
+        self._send([b'{"status":"ok","object":"list","data":[{"id":"parrot"}]}'])
 
     def do_POST(self):
         """Answer a chat; what the last message says comes back."""
@@ -8441,11 +8463,13 @@ class Parrot(http.server.BaseHTTPRequestHandler):
         words = re.findall(r"\S+\s*", text)
         if request.get("stream"):
             return self._send(self._events(words), "text/event-stream")
-        reply = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": reply, "finish_reason": "stop"}
-        usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
-        answer = {"object": "chat.completion", "model": model}
-        self._send([to_json({**answer, "choices": [choice], "usage": usage})])
+        message = {"role": "assistant", "content": text}
+        self._send([to_json({
+            "object": "chat.completion",
+            "model": model,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": len(words), "completion_tokens": len(words)},
+        })])
 
     def _events(self, words):
         for word in words:
@@ -8469,20 +8493,7 @@ class Parrot(http.server.BaseHTTPRequestHandler):
 # -- arguments -------------------------------------------------------------------------
 
 
-def keys_text() -> str:
-    """Return every key with its default and its meaning."""
-    lines = []
-    for title, keys in (("[llmswap]", PROXY_KEYS), ("a model, or [*]", MODEL_KEYS)):
-        lines.append(f"Keys of {title}:\n")
-        for key in keys:
-            lines.append(f"  {key.name} = {key.default}".rstrip())
-            help = textwrap.wrap(key.help.replace("`", ""), 82, break_on_hyphens=False)
-            lines += [f"      {line}" for line in help]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def parse_args(argv: List[str]):
+def parse_args(argv: Optional[List[str]]):
     """Return the arguments; exit with status 2 and a usage if they make no sense."""
     import argparse
 
@@ -8497,7 +8508,7 @@ def parse_args(argv: List[str]):
     add("--check", help="show each model's command, or its error", **flag)
     add("--units", help="print systemd user units for this file", **flag)
     add("--keys", help="print every key, its default and meaning", **flag)
-    add("--verbose", help="log what models write", **flag)
+    add("--verbose", help="log what models write", action="store_const", const="debug")
     add("--parrot", help="be the demo model server (with --port)", **flag)
     add("--port", type=int, default=8090, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -8506,10 +8517,21 @@ def parse_args(argv: List[str]):
     return args
 
 
+def print_keys():
+    """Print every key with its default and its meaning."""
+    indented = textwrap.TextWrapper(88, "      ", "      ", break_on_hyphens=False)
+    for title, keys in (("[llmswap]", PROXY_KEYS), ("a model, or [*]", MODEL_KEYS)):
+        print(f"Keys of {title}:\n")
+        for key in keys:
+            print(f"  {key.name} = {key.default}".rstrip())
+            print(indented.fill(key.help.replace("`", "")))
+        print()
+
+
 def start_problem(model: Model) -> Optional[str]:
     """Return why the model could not be started now, such as a missing file; else
     None, also for a model whose section is wrong."""
-    if not model.problem and model.kind in ("llama-server", "cmd"):
+    if not model.problem:
         try:
             check_start(model)
         except LoadFailed as problem:
@@ -8576,12 +8598,16 @@ def _command_line(model):
 
 
 def prepare_process():
-    """Open descriptors 0 to 2 if they are closed, and have malloc return memory to the
-    system: from a single arena, as each keeps the most that it ever held, and at once
-    from blocks beyond a threshold, which is fixed so that it does not grow."""
+    """Open descriptors 0 to 2 if they are closed, allow for more of them, and have
+    malloc return memory to the system: from a single arena, as each keeps the most that
+    it ever held, and at once from blocks beyond a threshold, which does not grow."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
+        limits = min(hard, MAX_DESCRIPTORS), hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     with contextlib.suppress(AttributeError, OSError):  # not every C library has it
         import ctypes
 
@@ -8593,23 +8619,22 @@ def prepare_process():
 def main(argv: Optional[List[str]] = None) -> int:
     """Run llmswap until a signal ends it; return the exit status."""
     prepare_process()
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     if args.parrot:
         address = ("127.0.0.1", args.port)
         http.server.ThreadingHTTPServer(address, Parrot).serve_forever()
     if args.keys:
-        print(keys_text(), end="")
+        print_keys()
         return 0
     load = functools.partial(load_config, args.file, args.listen, args.models_max)
     file_watch = FileWatch(args.file or os.devnull)
     try:
         config = load(list_cached=cached_models)
+        if not (args.file or config.models):
+            raise ConfigError(NO_MODELS)
     except ConfigError as error:
         print(printable(str(error)), file=sys.stderr)
         refuse_pending_connections()
-        return 2
-    if not (args.file or config.models):
-        print(NO_MODELS, end="", file=sys.stderr)
         return 2
     if args.check:
         return check(config)
@@ -8623,25 +8648,8 @@ def main(argv: Optional[List[str]] = None) -> int:
 NO_MODELS = """\
 There is no INI file, and llama-server --cache-list shows no downloaded model.
 Download one:     llama-server -hf ggml-org/gemma-3-1b-it-GGUF
-Or write a file:  llmswap.py models.ini   (example.ini shows how)
-"""
+Or write a file:  llmswap.py models.ini   (example.ini shows how)"""
 
-
-def refuse_pending_connections():
-    """Answer 503 to the connections that wait in systemd's sockets; otherwise it would
-    start llmswap for them again and again."""
-    reason = "llmswap cannot start: its file is broken, its log says where"
-    for listener in passed_listeners(os.environ):
-        listener.setblocking(False)
-        with contextlib.suppress(OSError):  # when there are no more
-            while True:
-                connection = listener.accept()[0]
-                refuse_connection(connection, reason)
-                lingering_close(connection)
-                connection.close()
-
-
-GPU_LOOK_EVERY = 60.0  # s between two looks, while a foreign process uses a GPU
 WATCH_EVERY = 1.0  # s between two looks at the file
 WATCH_SETTLES = 0.1  # s without a change, after which it counts as written
 WATCH_TIMEOUT = 0.5  # s that a request waits for a look and a reload
@@ -8669,11 +8677,10 @@ class FileWatch:
         """Look at the file unless that was done within WATCH_EVERY; if it changed, call
         on_change() on another thread. Wait for these, but WATCH_TIMEOUT at most."""
         now = time.monotonic()
-        with self._lock:
+        with self._lock, contextlib.suppress(RuntimeError):  # no more threads can start
             if now >= self._looked_at + WATCH_EVERY and not self._look.is_alive():
                 self._looked_at = now
-                with contextlib.suppress(RuntimeError):  # no more threads can start
-                    self._look = start_thread(self._find_change, "watch", on_change)
+                self._look = start_thread(self._find_change, "watch", on_change)
         if self._look.is_alive():
             self._look.join(max(0.0, self._looked_at + WATCH_TIMEOUT - now))
 
@@ -8692,6 +8699,14 @@ class FileWatch:
                 return status.st_mtime_ns, status.st_size, status.st_ino
 
 
+def seconds_left(limit: float, *since: Optional[float]) -> float:
+    """Return the seconds until `limit`, if it is not 0, has passed since all of these
+    times. None stands for now, as something goes on."""
+    now = time.monotonic()
+    times = [now if each is None else each for each in since]
+    return max(0.0, max(times) + (limit or math.inf) - now)
+
+
 class Application:
     """One run of llmswap: from the listening sockets to the last backend's end."""
 
@@ -8699,28 +8714,26 @@ class Application:
         self._args = args
         self._load = load  # returns the Config of the file as it is now
         self._file_watch = file_watch
-        # Numbers of signals, a byte each, and 0 once `_close` is done.
-        self._signals, self._wakeup = os.pipe()
+        self._signals, self._wakeup = os.pipe()  # numbers of signals; 0: of a reload
         self._reload_lock = threading.Lock()
         self._is_reload_asked = threading.Event()
         self._is_reloaded = threading.Event()
         self._notifier = SystemdNotifier(os.environ)
         self.config_error = None  # why the changed file is not in use
-        self._gpu_occupant = None  # the reason for which the idle-command waits
-        self.log = Log()
 
     def run(self, config: Config):
-        """Serve until a signal ends it, unless llmswap does so already."""
+        """Serve until a signal or idleness ends it, unless llmswap runs already."""
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides exit statuses
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        listeners = self._open_listeners(config.settings.listen)
-        if not listeners:
-            return
-        self._set_log_level(config)
+        listeners = passed_listeners(os.environ)
+        self._is_activated = bool(listeners)
+        listeners = listeners or open_listeners(config.settings.listen)
+        self.log = Log()
+        self.log.level = self._args.verbose or config.settings.log_level
         self.pool = Pool(config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -8732,53 +8745,21 @@ class Application:
         self._notifier.notify("READY=1")
         start_thread(self._notifier.watch, "systemd", self.server)
         start_thread(self._reload_loop, "reload")
-        self._cached = config.cached
-        if not self._cached:  # it may not have answered in time
+        if not config.cached:  # it may not have answered in time
             start_thread(self._refresh_cached_models, "cache")
-        self._shut_down(self._await_shutdown())
-
-    def _next_signal(self, timeout: float) -> Optional[int]:
-        """Return the next signal's number, 0 at the end of `_close`, or None."""
-        if await_event(self._signals, select.POLLIN, min(timeout, MAX_WAIT)):
-            return os.read(self._signals, 1)[0]
-        return None
-
-    def _open_listeners(self, addresses):
-        """Return the listening sockets; none if llmswap answers at one of the addresses
-        already. Raise OSError if an address cannot be used."""
-        listeners = passed_listeners(os.environ)
-        self._is_activated = bool(listeners)
-        if listeners:
-            return listeners
-        if os.environ.get("LISTEN_FDS"):
-            text = "systemd passed its sockets to another process: start llmswap "
-            print(f"{text}without a shell around it, or with exec", file=sys.stderr)
-        for address in addresses:
-            try:
-                listeners.append(open_listener(address))
-            except OSError as error:
-                shown = shown_address(address)
-                if error.errno == errno.EADDRINUSE and is_llmswap(address):
-                    print(f"llmswap answers at {shown} already", file=sys.stderr)
-                    return []
-                # without "(while attempting to bind on address ...)"
-                reason = str(error.strerror or error).partition(" (while ")[0]
-                raise OSError(f"cannot listen on {shown}: {reason}") from None
-        return listeners
+        self._shut_down(self._await_end())
 
     def _log_models(self, config):
         """Log the models, and what may go wrong with them. It may take long, as it asks
         llama-server for its options and looks for files."""
         self.log("info", f"models: {', '.join(config.models) or 'none'}")
-        for warning in config.warnings:
-            self.log("warning", warning)
-        for model in config.models.values():
-            if model.problem:
-                self.log("warning", f"{model.name} cannot be used: {model.problem}")
-        for warning in config.pitfalls(table_of):
+        models, pitfalls = config.models.values(), config.pitfalls(table_of)
+        pairs = [(model.name, model.problem) for model in models if model.problem]
+        unusable = [f"{name} cannot be used: {problem}" for name, problem in pairs]
+        for warning in [*config.warnings, *unusable, *pitfalls]:
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
-        for model in config.models.values():
+        for model in models:
             missing = start_problem(model)
             if missing:  # it may be on a mount that comes later
                 reasons[missing].append(model.name)
@@ -8786,15 +8767,69 @@ class Application:
             names = ", ".join(names)
             self.log("warning", f"{names} could not be started now: {reason}")
 
-    def _await_shutdown(self):
+    def _next_signal(self, timeout):
+        """Return the next signal's number, 0 after a reload, None after the timeout."""
+        if await_event(self._signals, select.POLLIN, min(timeout, MAX_WAIT)):
+            return os.read(self._signals, 1)[0]
+        return None
+
+    def _await_end(self):
+        """Have SIGHUP reload; return why llmswap is to end."""
         while True:
-            number = self._next_signal(self._until_idle_exit())
+            limit = self._is_activated and self.pool.config.settings.exit_idle_time
+            since = self.pool.inactive_since(), self.server.inactive_since()
+            pause = seconds_left(limit, *since)
+            if pause == 0 and self.server.try_idle_exit():
+                return "idle for long; the next connection starts it again"
+            number = self._next_signal(pause)
             if number == signal.SIGHUP:
                 self._is_reload_asked.set()
-            elif number is not None:
+            elif number:
                 return f"ending; requests in flight have {DRAIN_SECONDS:g} s"
-            elif self._until_idle_exit() == 0 and self.server.try_idle_exit():
-                return "idle for long; the next connection starts it again"
+
+    def _shut_down(self, reason):
+        """End the requests in flight and all backends; a second signal kills them."""
+        self.log("info", reason)
+        self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
+        self.server.stop()
+        start_thread(self._watch_shutdown, "signals")
+        self.pool.close(DRAIN_SECONDS)
+        deadline = time.monotonic() + REFUSAL_SECONDS
+        while self.server.inactive_since() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self.log("info", "ended")
+        self.log.close()
+
+    def _watch_shutdown(self):
+        while True:
+            if self._next_signal(EXTEND_EVERY) in (signal.SIGTERM, signal.SIGINT):
+                self.pool.kill()
+            self._notifier.notify(EXTEND_TIMEOUT)
+
+    # -- reloads ---------------------------------------------------------------------
+
+    def reload(self, cached: Optional[Sequence[str]] = None):
+        """Read the file again and use it; `cached`: new names of llama.cpp's cache.
+        Raise an APIError with the reason if it is broken; then nothing changes."""
+        with self._reload_lock:
+            before = self.pool.config
+            names = before.cached if cached is None else cached
+            self._file_watch.mark()
+            try:
+                config = self._load(list_cached=lambda _: names)
+            except ConfigError as error:
+                self.config_error = f"not reloaded: {error}"
+                raise APIError(self.config_error) from None
+            self.config_error = None
+            if config.settings.listen != before.settings.listen:
+                self.log("warning", "a change of `listen` needs a restart")
+            self.log.level = self._args.verbose or config.settings.log_level
+            self.pool.reload(config)
+            self.log("info", f"{self._args.file or 'the cache'} was read again")
+            start_thread(self._log_models, "models", config)
+            start_thread(self._refresh_cached_models, "cache")
+            self._is_reloaded.set()
+            os.write(self._wakeup, b"\0")
 
     def reload_if_changed(self):
         """Reload if the file has changed; see FileWatch.check."""
@@ -8807,91 +8842,48 @@ class Application:
             self._is_reload_asked.clear()
             self._try_reload()
 
-    def _try_reload(self):
+    def _refresh_cached_models(self):
+        """List the models in llama.cpp's cache, and reload if they have changed."""
+        config = self.pool.config
+        if config.settings.cache_models:
+            cached = cached_models(config.settings.llama_server)
+            if not cached:
+                command = f"{config.settings.llama_server} --cache-list"
+                self.log("warning", f"cache-models: {command} shows no model")
+            if cached is not None and cached != [*config.cached]:
+                self._try_reload(cached)
+
+    def _try_reload(self, cached=None):
         try:
-            self.reload()
+            self.reload(cached)
         except (APIError, RuntimeError) as problem:  # no more threads can be started
             self.log("error", str(problem))
 
-    def _set_log_level(self, config):
-        is_verbose = self._args.verbose
-        self.log.set_level("debug" if is_verbose else config.settings.log_level)
-
-    def _refresh_cached_models(self):
-        """List the models in llama.cpp's cache, and reload if they have changed."""
-        settings = self.pool.config.settings
-        if settings.cache_models:
-            cached = cached_models(settings.llama_server)
-            if not cached:
-                command = f"{settings.llama_server} --cache-list"
-                self.log("warning", f"cache-models: {command} shows no model")
-            if cached is not None and [*cached] != [*self._cached]:
-                self._cached = cached
-                self._try_reload()
-
-    def reload(self):
-        """Read the file again and use it. Raise an APIError with the reason if it is
-        broken; then nothing changes."""
-        with self._reload_lock:
-            self._file_watch.mark()
-            try:
-                config = self._load(list_cached=lambda _: self._cached)
-            except ConfigError as error:
-                self.config_error = f"not reloaded: {error}"
-                raise APIError(self.config_error) from None
-            self.config_error = None
-            if config.settings.listen != self.pool.config.settings.listen:
-                self.log("warning", "a change of `listen` needs a restart")
-            self._set_log_level(config)
-            self.pool.reload(config)
-            start_thread(self._log_models, "models", config)
-            self._is_reloaded.set()
-            start_thread(self._refresh_cached_models, "cache")
-            self.log("info", f"{self._args.file or 'the cache'} was read again")
-
-    def _until_idle_exit(self):
-        """Return the seconds until an idle exit may be due; inf if it never is."""
-        limit = self.pool.config.settings.exit_idle_time
-        if not limit or not self._is_activated:
-            return math.inf
-        since = [self.pool.inactive_since(), self.server.inactive_since()]
-        if None in since:
-            return limit
-        return max(0.0, max(since) + limit - time.monotonic())
+    # -- the idle command ------------------------------------------------------------
 
     def _idle_command_loop(self):
-        ran_at = -math.inf
+        ran_at, occupant = -math.inf, None
         while not self.server.is_closing:
             settings, idle_since = self.pool.config.settings, self.pool.idle_since()
-            now, limit = time.monotonic(), settings.idle_command_after
-            if not (limit and settings.idle_command):
-                limit = math.inf
-            since = now if idle_since is None else max(idle_since, ran_at)
-            pause = since + limit - now
-            if pause <= 0:
-                pause = self._unload_for_idle_command(idle_since)
-                if pause == 0:
+            limit = settings.idle_command and settings.idle_command_after
+            pause = seconds_left(limit, idle_since, ran_at)
+            if pause == 0:
+                self.pool.unload_all("because nothing happens")
+                self.pool.await_unloaded(lambda: not self._is_idle_since(idle_since))
+                before, occupant = occupant, gpu_occupant()
+                if occupant:
+                    pause = GPU_LOOK_EVERY
+                    if not before:
+                        text = f"idle, but the idle-command waits: {occupant}"
+                        self.log("info", text)
+                elif self._is_idle_since(idle_since):
                     self._run_idle_command(settings.idle_command)
                     ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
             self._is_reloaded.clear()
 
-    def _unload_for_idle_command(self, idle_since):
-        """Unload everything. Return the seconds after which to try again, if a request
-        comes meanwhile or a foreign process uses a GPU; else 0."""
-
-        def is_interrupted():
-            return self.server.is_closing or self.pool.idle_since() != idle_since
-
-        self.pool.unload_all("because nothing happens")
-        self.pool.await_unloaded(is_interrupted)
-        occupant = gpu_occupant()
-        if is_interrupted():
-            return 1.0
-        if occupant and not self._gpu_occupant:
-            self.log("info", f"idle, but the idle-command waits: {occupant}")
-        self._gpu_occupant = occupant
-        return GPU_LOOK_EVERY if occupant else 0.0
+    def _is_idle_since(self, since):
+        return self.pool.idle_since() == since and not self.server.is_closing
 
     def _run_idle_command(self, text):
         command = with_environment(split_words(text))
@@ -8903,26 +8895,6 @@ class Application:
             return self.log("error", f"idle-command: {error}")
         level = "error" if status else "info"
         self.log(level, f"idle-command ended with status {status}")
-
-    def _shut_down(self, reason):
-        """End the requests in flight and all backends; a second signal kills them."""
-        self.log("info", reason)
-        self._notifier.notify("STOPPING=1", EXTEND_TIMEOUT)
-        self.server.stop()
-        start_thread(self._close, "end")
-        while (number := self._next_signal(EXTEND_EVERY)) != 0:
-            if number not in (None, signal.SIGHUP):
-                self.pool.kill()
-            self._notifier.notify(EXTEND_TIMEOUT)
-        self.log("info", "ended")
-        self.log.close()
-
-    def _close(self):
-        self.pool.close(DRAIN_SECONDS)
-        deadline = time.monotonic() + REFUSAL_SECONDS
-        while self.server.inactive_since() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.write(self._wakeup, b"\0")
 
 
 if __name__ == "__main__":

@@ -3412,15 +3412,15 @@ def test_however_it_is_started_it_serves_and_ps_shows_its_command(tmp_path, way)
 def test_stderr_that_nobody_reads_delays_neither_requests_nor_the_end(tmp_path):
     (tmp_path / "m.ini").write_text(f"[m]\ncmd = {fake_command()}\n")
     port = free_port()
-    command = [*PYTHON, llmswap_file(), str(tmp_path / "m.ini"), "--verbose"]
-    command += ["--listen", f"127.0.0.1:{port}"]
+    words = [*PYTHON, llmswap_file(), str(tmp_path / "m.ini"), "--verbose"]
+    words += ["--listen", f"127.0.0.1:{port}"]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with contextlib.suppress(BlockingIOError):
         while os.write(write_end, b"x" * 4096):
             pass
     os.set_blocking(write_end, True)
-    with running(command, ("127.0.0.1", port), stderr=write_end):
+    with running(words, ("127.0.0.1", port), stderr=write_end):
         assert ask(port, "POST", CHAT, chat_body("m")).status == 200
     os.close(read_end), os.close(write_end)
 
@@ -3454,8 +3454,7 @@ def refuse_to_start(_):
 def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
     (tmp_path / "m.ini").write_text("[m]\ncmd = true ${PORT}\n")
     words, place = [tmp_path / "m.ini", "--listen"], str(tmp_path / "socket")
-    command = [*PYTHON, llmswap_file(), *words, f"unix:{place}"]
-    ours = running(command, place)
+    ours = running([*PYTHON, llmswap_file(), *words, f"unix:{place}"], place)
     with Llmswap("") as tcp, Fake() as other, ours:
         for listen, status, text in (
             (f"127.0.0.1:{tcp.port}", 0, "llmswap answers at http://{}/ already"),
@@ -3470,7 +3469,7 @@ def test_a_second_start_exits_0_and_a_foreign_listener_is_an_error(tmp_path):
 def test_output_that_cannot_be_written_is_an_error():
     keys, null = [sys.executable, llmswap_file(), "--keys"], subprocess.DEVNULL
     with open("/dev/full", "w") as full:
-        assert subprocess.run(keys, stdout=full, stderr=null).returncode == 1
+        assert subprocess.call(keys, stdout=full, stderr=null) == 1
 
 
 @pytest.mark.parametrize("by_rename", [False, True])
@@ -7863,7 +7862,7 @@ def test_the_queries_of_the_dashboard_name_metrics_and_labels_of_ours(all_states
             assert name in labels and used <= labels[name], (query, labels[name])
 
 
-@pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
+@pytest.mark.parametrize("width, scheme", [(390, "dark"), (920, "dark"), (1280, "light")])
 def test_every_state_is_shown_at_any_width_in_light_and_dark(
     browser, all_states, width, scheme
 ):
@@ -7873,6 +7872,7 @@ def test_every_state_is_shown_at_any_width_in_light_and_dark(
         for word in words.split("|"):
             browser.until(shown(row(model), word))
     assert 0 < browser.value(row("slow", "progress") + ".value") < 0.9
+    assert browser.value(row("slow", "h3") + ".offsetWidth") > 99
     browser.until(FITS.format(width))
     assert browser.value((CI / "contrast.js").read_text()) == []
     ground = browser.value("getComputedStyle(document.body).backgroundColor")
@@ -8158,11 +8158,13 @@ def test_activated_it_serves_exits_when_idle_and_loses_no_connection(tmp_path):
 
 
 def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path):
-    started_by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
-    text = f"{quick_file()}[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
-    with started_by_hand as server, activation.Activator(text, tmp_path) as systemd:
+    by_hand = Llmswap("[llmswap]\nexit-idle-time = 50ms\n[a]\ncmd = FAKE\n")
+    text = f"[k]\ncmd = {fake_command()}\nkeep-loaded = on\n"
+    with by_hand as server, activation.Activator(text, tmp_path) as systemd:
         with Client(systemd.port) as client:
             assert client.ask("POST", CHAT, {"model": "k"}).status == 200
+            systemd.ini.write_text(quick_file() + text)
+            assert client.ask("GET", "/models?reload=1").status == 200
             eventually(lambda: systemd.statuses == [0])
             assert client.sock.recv(1) == b"" and not family(systemd.token)
         assert server.chat("a").status == 200  # not activated, it stays
@@ -8171,8 +8173,8 @@ def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path
 def test_a_connection_in_the_backlog_cancels_the_idle_exit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pool = llmswap.Pool(no_models(), lambda *_: None)
-        application = SimpleNamespace(reload_if_changed=lambda: None)
-        server = llmswap.Server([listener], pool, lambda *_: None, application)
+        app = SimpleNamespace(reload_if_changed=lambda: None)
+        server = llmswap.Server([listener], pool, lambda *_: None, app)
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
             assert select.select([listener], [], [], 9)[0]
@@ -8198,13 +8200,12 @@ def test_activated_with_a_broken_file_it_answers_503_until_it_is_mended(tmp_path
             eventually(lambda wanted=statuses: systemd.statuses == wanted)
 
 
-def test_sockets_of_another_process_are_not_used(tmp_path):
-    (tmp_path / "m.ini").touch()
+def test_sockets_of_another_process_are_not_used():
     environ = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
     assert llmswap.passed_listeners(environ) == []
-    command = [*PYTHON, llmswap_file(), tmp_path / "m.ini", "--listen", "unix:/no/way"]
-    env, pipe = {**os.environ, **environ}, subprocess.PIPE
-    done = subprocess.run(command, env=env, stderr=pipe, text=True, timeout=60)
+    words = [*PYTHON, llmswap_file(), os.devnull, "--listen", "unix:/no/way"]
+    env = {**os.environ, **environ}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "without a shell" in done.stderr
 
 
@@ -8248,7 +8249,7 @@ def test_the_watchdog_is_fed_while_listener_lock_and_timer_work(tmp_path, monkey
     pool.start()
     is_deaf = threading.Event()
     server = SimpleNamespace(pool=pool, is_alive=lambda: not is_deaf.is_set())
-    threading.Thread(target=notifier.watch, args=(server,), daemon=True).start()
+    llmswap.start_thread(notifier.watch, "watch", server)
     first = systemd.until("STATUS=nothing is loaded")
     assert all("WATCHDOG=1" in lines for lines in first)
     systemd.until("WATCHDOG=1")
@@ -8293,11 +8294,10 @@ def test_units_are_what_systemd_accepts(tmp_path):
         (tmp_path / name).write_text(unit)
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    paths = map(str, tmp_path.glob("llmswap.*"))
-    verify = ["systemd-analyze", "verify", "--user", *paths]
+    verify = ["systemd-analyze", "verify", "--user", *tmp_path.glob("llmswap.*")]
     env["XDG_RUNTIME_DIR"] = str(tmp_path)
-    checked = subprocess.run(verify, capture_output=True, text=True, env=env)
-    assert (checked.returncode, checked.stderr) == (0, "")
+    done = subprocess.run(verify, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- a Debian that is booted for these tests, in namespaces of its own
