@@ -58,6 +58,8 @@ import http.client
 import http.server
 import itertools
 import json
+import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -8103,46 +8105,50 @@ MAX_DESCRIPTORS = 65536
 MAX_CONNECTIONS = 4096
 
 
-class Log:
+class Log(logging.handlers.QueueListener):
     """Lines for people, on stderr and in `feed`. Any thread may call; no caller waits.
 
-    `log(level, text)`, with a level of PRIORITIES; what is less important than `level`
-    is dropped. Lines begin with a priority if stderr is systemd's journal, else with
-    the time.
+    `log(level, text)`, with debug, info, warning or error as the level. Lines begin
+    with a priority if stderr is systemd's journal, else with the time.
     """
 
-    PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+    PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
     def __init__(self):
-        self.level = "info"
+        super().__init__(queue.SimpleQueue())
         self.feed = Broadcast(2000)
-        self._records = queue.SimpleQueue()
         stderr = os.fstat(2)
         stream = f"{stderr.st_dev}:{stderr.st_ino}"
         self._is_journal = os.environ.get("JOURNAL_STREAM") == stream
-        self._writer = start_thread(self._write, "log")
+        self._handler = logging.handlers.QueueHandler(self.queue)
+        self._logger = logging.Logger("llmswap")
+        self._logger.addHandler(self._handler)
+        self.set_level("info")
+        self.start()
+
+    def set_level(self, level: str):
+        """Drop what is less important than `level`."""
+        self._handler.setLevel(level.upper())
 
     def __call__(self, level: str, text: str):
-        if self.PRIORITIES[level] <= self.PRIORITIES[self.level]:
-            self._records.put((time.strftime("%H:%M:%S"), level, text))
+        self._logger.log(getattr(logging, level.upper()), text)
 
-    def _write(self):
-        """Write records. Their further lines are indented, so that none looks like
-        another record."""
-        for clock, level, text in iter(self._records.get, None):
-            text = printable(text).replace("\n", "\n  ")
-            line = f"{clock} {text}"
-            self.feed.publish(line)
-            if self._is_journal:
-                priority = f"<{self.PRIORITIES[level]}>"
-                line = priority + text.replace("\n", f"\n{priority}")
-            with contextlib.suppress(OSError):  # stderr may be closed
-                print(line, file=sys.stderr, flush=True)
+    def handle(self, record: logging.LogRecord):
+        """Write a record, on a thread of its own. Its further lines are indented, so
+        that none looks like another record."""
+        text = printable(record.getMessage()).replace("\n", "\n  ")
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        line = f"{clock} {text}"
+        self.feed.publish(line)
+        if self._is_journal:
+            priority = f"<{self.PRIORITIES[record.levelname]}>"
+            line = priority + text.replace("\n", f"\n{priority}")
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(line, file=sys.stderr, flush=True)
 
     def close(self):
         """Write what is left; give up after a second, as stderr may be stuck."""
-        self._records.put(None)
-        self._writer.join(1.0)
+        start_thread(self.stop, "log").join(1.0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8733,7 +8739,7 @@ class Application:
         self._is_activated = bool(listeners)
         listeners = listeners or open_listeners(config.settings.listen)
         self.log = Log()
-        self.log.level = self._args.verbose or config.settings.log_level
+        self.log.set_level(self._args.verbose or config.settings.log_level)
         self.pool = Pool(config, self.log)
         self.server = Server(listeners, self.pool, self.log, self)
         addresses = [shown_address(each.getsockname()) for each in listeners]
@@ -8823,7 +8829,7 @@ class Application:
             self.config_error = None
             if config.settings.listen != before.settings.listen:
                 self.log("warning", "a change of `listen` needs a restart")
-            self.log.level = self._args.verbose or config.settings.log_level
+            self.log.set_level(self._args.verbose or config.settings.log_level)
             self.pool.reload(config)
             self.log("info", f"{self._args.file or 'the cache'} was read again")
             start_thread(self._log_models, "models", config)
