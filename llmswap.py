@@ -7341,7 +7341,8 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 #    Never knows the Scheduler or subprocesses.
 #
 #    One Handler serves one connection, request after request, on a thread of its own.
-#    A route either answers or raises; `handle_one_request` alone answers errors.
+#    An action answers, returns what is to be sent, or raises; `handle_one_request`
+#    alone answers errors.
 # ==================================================================================
 
 REQUEST_FIELDS = (
@@ -7356,7 +7357,7 @@ TEXT_LIMIT = 500  # characters of a text from a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
 INPUTS = {"vision": "image", "audio": "audio"}  # input modality by capability
-_IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
+_IP_ADDRESS = re.compile(r"[0-9.]*|\[[0-9a-f:.]+\]")  # in Host, which may be empty
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
@@ -7426,8 +7427,8 @@ ROUTES = collections.defaultdict(dict)  # {path: {method: action}}
 
 
 def route(methods: str, *paths: str):
-    """Decorate an action of Handler: it answers these paths, or returns a text or a
-    JSON value to send. Of a path that ends with a slash it gets the rest."""
+    """Make a method of Handler the action of these paths. It answers, or returns a text
+    or a value to send as JSON. Of a path that ends with a slash it gets the rest."""
 
     def add(action):
         for path in paths:
@@ -7613,13 +7614,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
         name = _host_name(host)
-        is_listed = not name or name in allowed or "*" in allowed
-        if self.is_on_loopback and not (is_listed or _IP_ADDRESS.fullmatch(name)):
+        is_listed = "*" in allowed or name in allowed or _IP_ADDRESS.fullmatch(name)
+        if self.is_on_loopback and not is_listed:
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
         if origin and (head.is_upgrade or not head.is_safe):
             self._check_origin(origin)
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
-        if head.method == "OPTIONS" or is_open or not keys:
+        if not keys or is_open or head.method == "OPTIONS":
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
