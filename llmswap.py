@@ -2243,6 +2243,7 @@ HEALTH_TIMEOUT = 5.0  # s; a health check that is not answered by then is repeat
 IDLE_CONNECTIONS = 16  # kept to one backend
 MAX_WAIT = 2000000.0  # s; poll(), which has milliseconds, takes no much longer timeout
 MAX_LINE = 16384  # bytes; a longer one is cut into several
+PIPE_SIZE = 65536  # bytes, of Linux
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20  # of Linux's sock_diag(7)
 NETLINK_DUMP, LISTENING = 0x301, 1 << 10  # of netlink(7) and tcp_states.h
@@ -2330,7 +2331,8 @@ def holder_of(inode: int, likely: Iterable[int]) -> Optional[int]:
 
 
 # What /proc says of a process: `start` in ticks since boot, `resident` in pages.
-ProcessStat = namedtuple("ProcessStat", "state group session start resident")
+ProcessStat = namedtuple("ProcessStat", "state group session flags start resident")
+PF_EXITING = 4  # among the flags: it is ending
 
 
 def process_stat(pid: int) -> Optional[ProcessStat]:
@@ -2338,7 +2340,7 @@ def process_stat(pid: int) -> Optional[ProcessStat]:
     fields = read_text_or_empty(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if not fields:
         return None
-    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 19, 21)))
+    return ProcessStat(fields[0], *(int(fields[at]) for at in (2, 3, 6, 19, 21)))
 
 
 def processes() -> List[int]:
@@ -2739,6 +2741,7 @@ def check_files(model: Model, argv: Sequence[str]):
 CONNECT_TIMEOUT = 1.0  # s; a host that has not accepted by then sleeps, or is gone
 SLEEP_TIMEOUT = 60.0  # s; a backend that has not fallen asleep by then is stopped
 SLEEP_POLL = 5.0  # s between looks at a llama-server that may put itself to sleep
+DEATH_TIMEOUT = 5.0  # s for a process that ends to be dead, and to tell why
 WAKE_REQUEST = ("GET", "/lora-adapters", "")  # the cheapest that wakes a llama-server
 MAX_CONTROL_ANSWER = 1 << 22  # bytes
 MALFORMED = (  # what reading a JSON document of another shape may raise
@@ -3142,6 +3145,14 @@ class ProcessBackend(Backend):
         self._process = None  # the last that was started
         self._is_output_read = threading.Event()
 
+    def died(self, timeout: float) -> bool:
+        """See Backend. A process that is just ending, whose connections are closed
+        before it is dead, has DEATH_TIMEOUT."""
+        stat = process_stat(self.pid)
+        if stat and stat.flags & PF_EXITING:
+            timeout = max(timeout, DEATH_TIMEOUT)
+        return super().died(timeout)
+
     # -- load
 
     def _load(self):
@@ -3194,15 +3205,20 @@ class ProcessBackend(Backend):
 
     def _read_output(self, process):
         """Pass its output on line by line to its end, on a thread of its own. A process
-        that left the group may hold it open: it is heard until the leader has ended."""
+        that left the group may hold it open: when the leader has ended, no more is read
+        than the pipe can hold."""
         data, partial_line, exit_fd = b"\n", b"", open_pidfd(process.pid)
+        left = math.inf
         waiter = select.poll()
         for each in filter(None, (process.stdout, exit_fd)):
             waiter.register(each, select.POLLIN)
         with process.stdout as output:
-            while data and process.returncode is None:
-                has_output = output.fileno() in dict(waiter.poll())
-                data = output.read(MAX_LINE // 2) if has_output else b""
+            while data and left > 0 and process.returncode is None:
+                ready = dict(waiter.poll())
+                left = min(left, 2 * PIPE_SIZE) if exit_fd in ready else left
+                is_readable = output.fileno() in ready
+                data = output.read(MAX_LINE // 2) if is_readable else b""
+                left -= len(data)
                 *lines, partial_line = (partial_line + data).split(b"\n")
                 if len(partial_line) > (MAX_LINE // 2 if data else 0):
                     lines, partial_line = [*lines, partial_line], b""
@@ -3269,7 +3285,7 @@ class ProcessBackend(Backend):
             self._exited.wait()
         self._signal_group(signal.SIGKILL)  # what was forked at that moment
         self._guard.forget(self.pid)
-        self._is_output_read.wait(0.5)
+        self._is_output_read.wait(2.0)
         self._process.wait()
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline and _is_group_alive(self.pid):
@@ -3679,9 +3695,9 @@ def ask_gpus(question: str, timeout: float = 2.0) -> List[Tuple[int, ...]]:
 
 def gpu_occupant() -> Optional[str]:
     """Return which process holds GPU memory, or that a GPU is busy. Takes seconds."""
-    for pid, _ in ask_gpus("processes"):
+    for pid, _ in ask_gpus("processes", TOOL_TIMEOUT):
         return f"{process_name(pid)} holds GPU memory"
-    use = max((use for use, in ask_gpus("use")), default=0)
+    use = max((use for use, in ask_gpus("use", TOOL_TIMEOUT)), default=0)
     return f"a GPU is in use, {use} %" if use > BUSY_GPU else None
 
 
@@ -3873,7 +3889,7 @@ class RemoteBackend(Backend):
         is_silent = probe.timed_out and timeout >= CONNECT_TIMEOUT
         if is_refused or (is_silent and not self.upstream.is_busy):
             self._give_up()
-        return self._exited.is_set() and self._ended.wait(CONNECT_TIMEOUT)
+        return self._exited.is_set() and self._ended.wait(DEATH_TIMEOUT)
 
     def _give_up(self):
         self._exited.set()
@@ -8011,7 +8027,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     has_died = backend.died(1.0)
                     if has_died and may_repeat and not is_last:
                         continue
-                    reason = backend.death(1.0) if has_died else None
+                    reason = backend.death(DEATH_TIMEOUT) if has_died else None
                     error = BackendDied(str(reason or error))
                     error.may_retry = False if is_last else None  # it failed twice
                     raise error from None

@@ -39,6 +39,7 @@ class Browser:
         for fd in fds:
             os.close(fd)
         self.complaints, self._session, self._received = [], {}, b""
+        self._page = ""  # which was opened last
         self._numbers = itertools.count(1)
         deadline = time.monotonic() + 20
         while not (pages := self._pages()):
@@ -86,11 +87,15 @@ class Browser:
             self.complaints.append(event["params"]["exceptionDetails"])
         elif event.get("method") == "Log.entryAdded":
             entry = event["params"]["entry"]
-            if entry["level"] == "error":
+            is_ours = self._page in entry.get("url", self._page)
+            is_old = entry["source"] == "network" and not is_ours
+            if entry["level"] == "error" and not is_old:
                 self.complaints.append(entry["text"])
 
     def open(self, url):
-        """Go to a page; it may not be complete yet. Old complaints are dropped."""
+        """Go to a page; it may not be complete yet. Old complaints are dropped, also
+        those of its predecessor's connections that come later."""
+        self._page = url
         self.call("Page.navigate", url=url)
         self.complaints.clear()
 
@@ -105,7 +110,7 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def until(self, expression, timeout=10.0):
+    def until(self, expression, timeout=30.0):
         """The value of the expression as soon as it is true."""
         deadline = time.monotonic() + timeout
         while not (value := self.value(expression)):
@@ -130,6 +135,14 @@ class Browser:
     def type(self, text):
         """Type a text into whatever has the focus."""
         self.call("Input.insertText", text=text)
+
+    def tab_to(self, label):
+        """Press Tab until the element of that name has the focus."""
+        seen = []
+        while (focus := self.value("document.activeElement.ariaLabel")) != label:
+            assert len(seen) < 60, f"Tab does not lead to {label!r}, only to {seen}"
+            seen.append(focus)
+            self.press("Tab")
 
     def click(self, element):
         """Click on the middle of an element, as a person does, once it is there; again

@@ -38,8 +38,9 @@ def run(name):
         os.setsid()
         os.execv(sys.executable, command)
     os.makedirs(state, exist_ok=True)
-    with open(f"{state}/{name}", "w") as file:
+    with open(f"{state}.{name}", "w") as file:
         file.write(str(box))
+    os.replace(f"{state}.{name}", f"{state}/{name}")  # once it is whole
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(box, number))
     status = os.waitpid(box, 0)[1]

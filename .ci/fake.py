@@ -52,7 +52,7 @@ A request's JSON body says how it is answered:
   tokens N, interval S   how many tokens, and the pause between them
   slot N, talk NAME, prompt_tokens N    the size of a conversation's prompt in a slot
   until FILE             no more tokens once that file exists
-  delay S                before the first byte
+  delay S                before the first byte; delay, interval FILE: until it exists
   size BYTES             of the content
   tag STRING             put into the content
   text STRING            the content itself
@@ -235,7 +235,13 @@ class Request:
             server.count(in_flight=-1)
 
     def hold(self, seconds=None):
-        """Wait (None: for ever); HangUp as soon as the client hangs up."""
+        """Wait (None: for ever; a text: until that file exists); HangUp as soon as the
+        client hangs up."""
+        while isinstance(seconds, str):
+            if os.path.exists(seconds):
+                return
+            if self._poll.poll(10):
+                raise HangUp
         if self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
             raise HangUp
 
@@ -707,7 +713,9 @@ def answer_stream(talk):
             break_if_wished(talk, event, sent)
             sent += 1
         request.send_piece(event)
-        if is_token and interval:
+        if is_token and isinstance(interval, str):
+            request.hold(interval)
+        elif is_token and interval:
             due += interval
             request.hold(due - time.monotonic())
     request.end_stream()

@@ -217,7 +217,6 @@ class FaultyLlmswap(Llmswap):
         executable(program, f'exec {fake_command(port="")[:-8]} "$@" {mark}')
         self.folder.chmod(0o755)
         self.fake = f"{program} --port ${{PORT}}"
-        self.gate = self.folder / "gate"  # once it exists, what waits for it ends
         self.text = FAULT_INI.replace("GATE", str(self.gate))
         if fault == "port taken":
             self.text = self.text.replace("--load-until", "--bind-late --load-until")

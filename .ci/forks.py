@@ -82,6 +82,7 @@ class Process:
         self._pipe, self.args = os.fdopen(pipe), args
         self.pid = int(self._pipe.readline())
         self.returncode = None
+        self._lock = threading.Lock()  # several threads may wait
 
     def poll(self):
         return self._await_end(0)
@@ -93,9 +94,10 @@ class Process:
 
     def _await_end(self, timeout):
         if self.returncode is None and select.select([self._pipe], [], [], timeout)[0]:
-            self.returncode = int(self._pipe.readline())
-            self._pipe.close()
-        return self.returncode
+            with self._lock:
+                if self.returncode is None:
+                    self.returncode = int(self._pipe.readline())
+        return self.returncode  # the pipe is not closed: another thread may select it
 
     def send_signal(self, number):
         if self.poll() is None:

@@ -1,13 +1,16 @@
-"""Machines of namespaces: this Debian booted once more, and two joined by a cable."""
+"""Machines of namespaces: this Debian booted once more, and two joined by a cable; and
+what stands for a machine that is asleep."""
 
 import ctypes
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -181,3 +184,32 @@ class Sleeper:
         line = f"-n {Path(self.gpu).name} addr {verb} 192.168.11.11/24 dev eth0"
         subprocess.run(["ip", *line.split()], check=True)
         os.kill(self._server.pid, number)
+
+
+@contextmanager
+def ears():
+    """(the keys of a machine to wake, the packets sent: [(time, bytes)])."""
+    packets = []
+    hear = lambda data, *_: packets.append((time.monotonic(), data[0]))  # noqa: E731
+    with socketserver.UDPServer(("127.0.0.1", 0), hear) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        port = server.server_address[1]
+        keys = "wake-mac = ab:cd:ef:01:23:45", f"wake-broadcast = 127.0.0.1:{port}"
+        yield keys, packets
+        server.shutdown()
+
+
+@contextmanager
+def absence(machine, is_silent):
+    """The machine drops what comes, or refuses it, until the block ends."""
+    machine.off()
+    place = "127.0.0.1", machine.port
+    with ExitStack() as stack:
+        if is_silent:  # as a listener with a full backlog is
+            stack.enter_context(socket.create_server(place, backlog=0))
+            for _ in range(3):
+                sock = stack.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(place)
+        yield
+    machine.on()

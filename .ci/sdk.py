@@ -66,13 +66,14 @@ class OpenAI:
 
     def waits(self, model, wish):
         """From the third failed load on they are spaced."""
+        began = []
         for retries in (2, 2, 1):
-            began = time.monotonic()
+            began.append(time.monotonic())
             try:
                 self._ask(model, wish, retries=retries)
             except self._error as error:
                 status = error.status_code
-        return [status, 0.9 < time.monotonic() - began < 5]
+        return [status, 0.9 < time.monotonic() - began[1] < 9]
 
 
 class Anthropic:
