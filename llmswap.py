@@ -2213,11 +2213,16 @@ PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
 
 
+_port_numbers = itertools.count(random.randrange(1 << 16))
+
+
 def free_port() -> int:
-    """Return a free port on loopback, if possible outside the ephemeral range."""
+    """Return a free port on loopback, if possible outside the ephemeral range, and not
+    one of the last ones, which their servers may not have bound yet."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
-    for port in [*random.sample(range(10000, low), 50), 0]:
+    ports = (10000 + number % (low - 10000) for number in _port_numbers)
+    for port in itertools.chain(itertools.islice(ports, 50), [0]):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return probe.getsockname()[1]
@@ -2261,7 +2266,7 @@ def listening_inodes(port: int) -> Set[int]:
             kernel.settimeout(1.0)
             kernel.send(query)
             data = kernel.recv(65536)
-            while data[4] == SOCK_DIAG_BY_FAMILY:  # the last message is another
+            while SOCK_DIAG_BY_FAMILY in data[4:6]:  # the last message is another
                 address = data[24:40]
                 is_loopback = b"\x7f\0\0\1" in (address[:4], address[12:])
                 if is_loopback or not any(address):
@@ -7207,10 +7212,10 @@ PAGE_POLICY = (  # the page's own script and style, and requests to its own orig
 #    Never knows the Scheduler or subprocesses.
 #
 #    One Handler serves one connection, request after request, on a thread of its own.
-#    A route either answers or raises; `handle_one_request` alone answers errors.
+#    An action answers, returns what is to be sent, or raises; `handle_one_request`
+#    alone answers errors.
 # ==================================================================================
 
-MAX_ENDED_REQUESTS = 500  # in the list of requests
 REQUEST_FIELDS = (
     "id started client user_agent session method path asked model stream waited "
     "first_byte seconds status tokens_in tokens_cached tokens_out tokens_per_second "
@@ -7222,10 +7227,9 @@ LINGER_SECONDS = 2.0  # for a client that still sends to read our answer
 TEXT_LIMIT = 500  # characters of a text from a client; the rest is cut
 NAME_PARTS = 64  # slash-separated parts of a model's name
 NOTICE_EVERY = 5.0  # s between two notices of a load's progress in a waiting chat
-_IP_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")  # an IP address in Host
+_IP_ADDRESS = re.compile(r"[0-9.]*|\[[0-9a-f:.]+\]")  # in Host, which may be empty
 _LOOPBACK = re.compile(r"(::ffff:)?127\.|::1\Z")  # addresses
 MODEL_PATHS = ("/props", "/slots", "/metrics", "/lora-adapters")  # POSTs are relayed
-FOREIGN_ORIGIN = "the origin {!r} is not in cors-origins in [llmswap]"
 OPEN_PATHS = ("/", "/health", "/v1/health")  # need no key
 IDLE_TIMEOUT_PARAMETERS = ("keep_alive", "ttl")  # Ollama's and LM Studio's
 OLLAMA_PATH = re.compile(
@@ -7233,8 +7237,6 @@ OLLAMA_PATH = re.compile(
     "|delete)/?"
 )
 EVENTS_PATH = re.compile(".*/(completions?|infill|messages|responses)/?")  # if streamed
-KEY_HEADERS = frozenset(("authorization", "x-api-key", "api-key"))
-NOT_FORWARDED = frozenset(("host", "x-conversation-id"))
 TEXT_TYPE = ("content-type", "text/plain; charset=utf-8")
 
 
@@ -7244,23 +7246,20 @@ class RequestLog:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
+        self._count = 0  # of requests so far; the number of the last one
         self._running = {}  # by number: (row, response, when it began)
-        self._ended_count = 0
-        self._ended = collections.deque(maxlen=MAX_ENDED_REQUESTS)
+        self._ended = collections.deque(maxlen=500)
 
     def start(self, row: dict, response: ClientResponse):
-        """Add a request in flight, answered by `response`, and number its row."""
+        """Number a request in flight, answered by `response`, and add its row."""
         with self._lock:
-            row["id"] = next(self._numbers)
+            self._count = row["id"] = self._count + 1
             self._running[row["id"]] = row, response, time.monotonic()
 
     def end(self, row: dict):
-        """Add the row of a request that ended, or was refused before `start`."""
+        """The request of a row that was added has ended."""
         with self._lock:
-            row["id"] = row["id"] or next(self._numbers)
-            self._running.pop(row["id"], None)
-            self._ended_count += 1
+            del self._running[row["id"]]
             self._ended.append(tuple(row.values()))  # a fifth of a dict's size
 
     def rows(self) -> List[dict]:
@@ -7278,8 +7277,8 @@ class RequestLog:
         """Return a number that grows when a request begins, is granted its model, is
         answered or ends."""
         with self._lock:
-            return 4 * self._ended_count + sum(
-                1 + (row["waited"] is not None) + (response.first_at is not None)
+            return 4 * self._count - sum(
+                1 + (row["waited"] is None) + (response.first_at is None)
                 for row, response, _ in self._running.values()
             )
 
@@ -7287,10 +7286,26 @@ class RequestLog:
         """End a request as if its client had left, but send the client the reason.
         Return whether it was in flight."""
         with self._lock:
-            responses = {str(id): row[1] for id, row in self._running.items()}
-            if number in responses:
-                responses[number].is_cancelled = True
-            return number in responses
+            for row, response, _ in self._running.values():
+                if str(row["id"]) == number:
+                    response.is_cancelled = True
+                    return True
+            return False
+
+
+ROUTES = collections.defaultdict(dict)  # {path: {method: action}}
+
+
+def route(methods: str, *paths: str):
+    """Make a method of Handler the action of these paths. It answers, or returns a text
+    or a value to send as JSON. Of a path that ends with a slash it gets the rest."""
+
+    def add(action):
+        for path in paths:
+            ROUTES[path].update(dict.fromkeys(methods.split(), action))
+        return action
+
+    return add
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -7325,8 +7340,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.server.application.reload_if_changed()
         self.config = self.pool.config
-        self.head = self.body = self.model = self.response = self.waited = None
-        self.row, self.usage = None, Usage()
+        self.head = self.body = self.model = self.response = None
+        self.row, self.usage = dict.fromkeys(REQUEST_FIELDS), Usage()
         try:
             self.parse_request()
             self._check_access()
@@ -7371,24 +7386,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _count_request(self):
         """Count and list the request if it was for a model or failed."""
-        response = self.response
+        response, row, usage = self.response, self.row, self.usage
         if response is None:
-            return
-        # a client may leave a stream of our own at any time
-        has_failed = response.status >= 400 and response.status != 499
-        if self.model is None and not has_failed:
             return
         status = response.status or 500
         if response.problem and status < 400:
             status = response.problem.status
+        has_failed = status >= 400 and status != 499  # clients may leave our streams
+        if self.model is None and not has_failed:
+            return
+        if has_failed and self.head and not row["id"]:
+            self._list_request()
         seconds = time.monotonic() - self.began
-        speed = speed_of(self.usage, seconds - (self.waited or 0))
+        speed = speed_of(usage, seconds - (row["waited"] or 0))
         names = "tokens_in", "tokens_cached", "tokens_out"
-        amounts = {name: getattr(self.usage, name) for name in names}
-        if self.head is not None and status >= 400 and status != 499:
-            self.row = self.row or self._new_row()
-        if self.row:
-            self.row.update(
+        amounts = {name: getattr(usage, name) for name in names}
+        if row["id"]:
+            row.update(
                 amounts,
                 status=status,
                 seconds=seconds,
@@ -7396,30 +7410,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 tokens_per_second=speed,
                 error=str(response.problem)[:TEXT_LIMIT] if response.problem else None,
             )
-            self.server.requests.end(self.row)
+            self.server.requests.end(row)
         self.pool.count_request(
-            self.model, status, seconds, self.waited, speed,
+            self.model, status, seconds, row["waited"], speed,
             bytes_in=self.body.received if self.body else 0,
             bytes_out=response.sent,
             **amounts,
         )
 
-    def _new_row(self):
-        head, is_tcp = self.head, isinstance(self.client_address, tuple)
-        members = self.body.members if self.body else {}
-        asked = (self.body and self.body.model) or head.parameter("model") or ""
-        return dict(
-            dict.fromkeys(REQUEST_FIELDS),
+    def _list_request(self):
+        """List the request with what is known of it now."""
+        head, body, address = self.head, self.body, self.client_address
+        asked = (body and body.model) or head.parameter("model") or ""
+        self.row.update(
             started=time.time(),
-            client=self.client_address[0] if is_tcp else "unix",
+            client=address[0] if isinstance(address, tuple) else "unix",
             user_agent=head.get("user-agent")[:TEXT_LIMIT],
             session=head.get("x-session-id")[:TEXT_LIMIT],
             method=head.method[:TEXT_LIMIT],
             path=head.path[:TEXT_LIMIT],
             asked=asked[:TEXT_LIMIT] or None,
             model=self.model.name if self.model else None,
-            stream=members.get("stream") is True,
+            stream=body is not None and body.members.get("stream") is True,
         )
+        self.server.requests.start(self.row, self.response)
 
     # -- answers ---------------------------------------------------------------------
 
@@ -7443,19 +7457,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("allow", ", ".join([*ROUTES[self.head.path], "OPTIONS"])))
         response.answer_error(error, *headers)
 
-    def _send_json(self, value):
-        self.response.answer(to_json(value), 200, JSON_TYPE)
+    def _send(self, value):
+        """Answer with a text, or a value as JSON; with nothing if it is None."""
+        if isinstance(value, str):
+            self.response.answer(value.encode(), 200, TEXT_TYPE)
+        elif value is not None:
+            self.response.answer(to_json(value), 200, JSON_TYPE)
 
-    def _send_text(self, text, content_type=TEXT_TYPE):
-        self.response.answer(text.encode(), 200, content_type)
-
-    def _stream(self, next_item, content_type="text/event-stream", render=as_event):
-        """Send items until the client leaves or llmswap ends. `next_item` waits for one
-        and returns None after POLL_INTERVAL."""
+    def _stream(self, get, content_type="text/event-stream", render=as_event):
+        """Send items until the client leaves or llmswap ends. `get(timeout)` waits for
+        one and returns None after the timeout."""
         self.response.start_stream(content_type)
         self.response.flush()
         while not self.server.is_closing and self.head.method != "HEAD":
-            item = next_item()
+            item = get(POLL_INTERVAL)
             if item is None:
                 self.response.heartbeat()
             else:
@@ -7469,22 +7484,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, keys, origin = self.head, self.config.api_keys, self.head.get("origin")
         host, allowed = head.get("host"), self.config.settings.allowed_hosts
         name = _host_name(host)
-        is_listed = not name or name in allowed or "*" in allowed
-        if self.is_on_loopback and not (is_listed or _IP_ADDRESS.fullmatch(name)):
+        is_listed = "*" in allowed or name in allowed or _IP_ADDRESS.fullmatch(name)
+        if self.is_on_loopback and not is_listed:
             raise Forbidden(f"Host {host!r} is not among allowed-hosts in [llmswap]")
-        is_harmless = head.is_safe and not head.is_upgrade
-        if origin and not is_harmless and not self._is_origin_allowed(origin):
-            raise Forbidden(FOREIGN_ORIGIN.format(origin))
+        if origin and (head.is_upgrade or not head.is_safe):
+            self._check_origin(origin)
         is_open = head.path in OPEN_PATHS and not self._wants_snapshots()
-        if head.method == "OPTIONS" or is_open or not keys:
+        if not keys or is_open or head.method == "OPTIONS":
             return
         if not any(_is_key(given, keys) for given in self._given_keys()):
             raise Unauthorized("a valid API key is needed (Authorization: Bearer KEY)")
 
+    def _check_origin(self, origin):
+        """Raise Forbidden unless pages of this origin may use llmswap."""
+        if not self._is_origin_allowed(origin):
+            shown = origin or "of a browser"
+            text = f"the origin {shown!r} is not in cors-origins in [llmswap]"
+            raise Forbidden(text)
+
     def _is_origin_allowed(self, origin):
         allowed = self.config.settings.cors_origins
-        is_listed = "*" in allowed or origin.lower() in allowed
-        if is_listed or self._is_own_origin(origin):
+        if "*" in allowed or origin.lower() in allowed or self._is_own_origin(origin):
             return True
         name = _host_name(origin.partition("://")[2])
         return "localhost" in allowed and name in ("localhost", "127.0.0.1", "[::1]")
@@ -7508,10 +7528,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, site = self.head, self.head.get("sec-fetch-site")
         if site == "same-origin" or not head.is_safe:
             return
-        is_browser = site or head.get("user-agent").startswith("Mozilla/")
         origin = head.get("origin") or "/".join(head.get("referer").split("/")[:3])
-        if (origin or is_browser) and not self._is_origin_allowed(origin):
-            raise Forbidden(FOREIGN_ORIGIN.format(origin or "of a browser"))
+        if origin or site or head.get("user-agent").startswith("Mozilla/"):
+            self._check_origin(origin)
 
     def _given_keys(self):
         """Yield the keys in the headers, as bytes."""
@@ -7542,24 +7561,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _route(self):
         """Answer if the path is one of ours; all others are routed by model."""
-        path, routes = self.head.path, ROUTES.get(self.head.path, {})
-        method = "GET" if self.head.method == "HEAD" else self.head.method
-        route = routes.get(method)
+        path, method = self.head.path, self.head.method
+        prefix = next(filter(path.startswith, PREFIXES), "")
+        actions = ROUTES.get(prefix or path, {})
+        action = actions.get("GET" if method == "HEAD" else method)
         if method == "OPTIONS":
-            route = Handler.answer_preflight
-        elif route and path in MODEL_PATHS and self.head.parameter("model") is not None:
-            route = Handler.get_from_model
-        if route:
+            action, prefix = Handler.answer_preflight, ""
+        elif path in MODEL_PATHS and self.head.parameter("model") is not None:
+            action = action and Handler.get_from_model
+        if action:
             self.body.hold(SMALL_BODY)  # if it is malformed, nothing may change
-            return route(self)
+            rest = [percent_decoded(path[len(prefix) :].rstrip("/"))] if prefix else []
+            return self._send(action(self, *rest))
         if path.startswith("/upstream/"):
             return self.route_upstream(path[len("/upstream/") :])
-        for prefix, allowed, action in PREFIXES:
-            if path.startswith(prefix) and method == allowed:
-                self.body.hold(SMALL_BODY)
-                return action(self, percent_decoded(path[len(prefix) :].rstrip("/")))
-        if routes and path not in MODEL_PATHS:
-            raise MethodNotAllowed(f"{self.head.method} is not allowed at {path}")
+        if path in ROUTES and path not in MODEL_PATHS:
+            raise MethodNotAllowed(f"{method} is not allowed at {path}")
         url = f"http://{self.head.get('host')}/v1"
         if OLLAMA_PATH.fullmatch(path):
             text = f"{path} is Ollama's API; this is an OpenAI-compatible server"
@@ -7568,8 +7585,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"{path}: the base URL has /v1 twice; set it to {url}")
         self.route_by_model()
 
+    @route("GET POST", "/tools", "/cors-proxy")
     def refuse_feature(self):
         raise FeatureDisabled("this feature is disabled")
+
+    @route("POST", "/v1/streams/lookup")
+    def look_up_streams(self):
+        return []  # none can be resumed
 
     def answer_preflight(self):
         names = self.head.get("access-control-request-headers") or "*"
@@ -7585,9 +7607,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_root = self.head.method == "GET" and self.head.path == "/"
         return is_root and "text/event-stream" in self.head.get("accept")
 
+    @route("GET", "/")
     def get_page(self):
         if self._wants_snapshots():
-            return self._stream(self._snapshots().__next__)
+            snapshots = self._snapshots()
+            return self._stream(lambda timeout: next(snapshots))
         self.response.answer(
             STATUS_PAGE.encode(),
             200,
@@ -7618,10 +7642,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             }
             time.sleep(0.25)  # faster is unreadable
 
+    @route("GET", "/metrics")
     def get_metrics(self):
         statuses, pool = self.pool.statuses(with_memory=True), self.pool
         text = metrics_text(statuses, pool.metrics(), pool.budget, self.server.born)
-        self._send_text(text, METRICS_TYPE)
+        self.response.answer(text.encode(), 200, METRICS_TYPE)
 
     def _with_details(self, statuses):
         """Yield each status, if unloaded with the reason why a load would fail, and the
@@ -7635,20 +7660,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     status = status._replace(failure=known.problem)
                 yield status, known
 
+    @route("GET", "/health", "/v1/health")
     def get_health(self):
-        self._send_json({"status": "ok", "server": "llmswap", **self.pool.counts()})
+        return {"status": "ok", "server": "llmswap", **self.pool.counts()}
 
+    @route("GET", "/v1/models", "/models")
     def get_models(self):
         if self.head.parameter("reload"):
             self._check_no_foreign_page()
             self.server.application.reload()
             self.config = self.pool.config
         listed = [m for m in self.config.models.values() if not m.settings.unlisted]
-        self._send_json({"object": "list", "data": self._model_entries(listed)})
+        return {"object": "list", "data": self._model_entries(listed)}
 
+    @route("GET", "/v1/models/")
     def get_model(self, name):
         for entry in self._model_entries([self._resolve(name)]):
-            return self._send_json(entry)
+            return entry
         raise ModelNotFound(f"a reload has just removed {name!r}")
 
     def _model_entries(self, models):
@@ -7658,6 +7686,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for status, details in self._with_details(statuses)
         ]
 
+    @route("GET", "/api/requests")
     def get_requests(self):
         name, limit = self.head.parameter("model"), self.head.parameter("limit")
         try:
@@ -7668,15 +7697,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name is not None:
             names = (name, self.config.find(name))
             rows = [row for row in rows if row["model"] in names]
-        self._send_json({"requests": rows[:count]})
+        return {"requests": rows[:count]}
 
+    @route("POST", "/api/requests/")
     def cancel_request(self, rest):
         """End a request; `rest` is its number and /cancel."""
         number, _, action = rest.partition("/")
         if action != "cancel" or not self.server.requests.cancel(number):
             raise NotFound(f"{self.head.path}: no such request is in flight")
-        self._send_json({"success": True})
+        return {"success": True}
 
+    @route("POST", "/models/load", "/models/unload")
     def change_model(self):
         """Begin to load or unload the model that the body names."""
         self.body.find_model("application/json")
@@ -7685,13 +7716,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         change = self.pool.load if is_load else self.pool.unload
         if not change(model):
             raise BadRequest(f"model is {'already' if is_load else 'not'} running")
-        self._send_json({"success": True})
+        return {"success": True}
 
     def _resolve(self, name):
         if name is None:
             raise BadRequest("model name is missing from the request", "model")
         return self.config.resolve(name[:TEXT_LIMIT])
 
+    @route("GET POST", "/unload")
+    @route("POST", "/api/models/unload", "/api/models/unload/")
     def unload(self, name=""):
         """Unload a model, or all of them, and answer when they are unloaded."""
         self._check_no_foreign_page()
@@ -7700,8 +7733,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.pool.unload_all("by hand")
         self.pool.await_unloaded(self.response.heartbeat)
-        self._send_text("OK")
+        return "OK"
 
+    @route("GET", "/running")
     def get_running(self):
         words = {"loading": "starting", "loaded": "ready", "unloading": "stopping"}
         running = [
@@ -7717,10 +7751,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for status, details in self._with_details(self.pool.statuses())
             if status.state != "unloaded" and not status.shares
         ]
-        self._send_json({"running": running})
+        return {"running": running}
 
+    @route("GET", "/props")
     def get_props(self):
-        self._send_json({
+        return {
             "role": "router",
             "max_instances": self.config.settings.models_max,
             "models_autoload": self.config.settings.models_autoload,
@@ -7730,26 +7765,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "ui_settings": {},
             "build_info": f"llmswap {VERSION}",
             "cors_proxy_enabled": False,
-        })
+        }
 
+    @route("GET", "/models/sse")
     def get_events(self):
         with self.pool.events.subscribe() as get:
-            self._stream(functools.partial(get, POLL_INTERVAL))
+            self._stream(get)
 
+    @route("GET", "/logs")
     def get_logs(self):
-        self._send_text("".join(f"{line}\n" for line in self.server.log.feed.history()))
+        return "".join(f"{line}\n" for line in self.server.log.feed.history())
 
+    @route("GET", "/logs/stream", "/logs/stream/")
     def get_log_stream(self, name=""):
         feed = self.server.log.feed
         if name not in ("", "proxy"):
             status = self.pool.status(self._resolve(name))
             feed = self.pool.output_of(status.shares or status.id)
         with feed.subscribe(self.head.parameter("no-history") is None) as get:
-            next_line = functools.partial(get, POLL_INTERVAL)
-            self._stream(next_line, TEXT_TYPE[1], lambda line: f"{line}\n".encode())
+            self._stream(get, TEXT_TYPE[1], lambda line: f"{line}\n".encode())
 
     # -- requests for models ---------------------------------------------------------
 
+    @route("GET", "/slots", "/lora-adapters")
     def get_from_model(self):
         """Relay a GET; without autoload=true it never loads, wakes or keeps a model."""
         model = self.model = self._resolve(self.head.parameter("model") or None)
@@ -7817,8 +7855,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         idle_timeout = _idle_timeout_in(self.body.members)
         preemptible = preemptible or self.head.is_upgrade
         if not preemptible:
-            self.row = self._new_row()
-            self.server.requests.start(self.row, self.response)
+            self._list_request()
         notice, path = self.model.settings.loading_notice, target.split("?")[0]
         may_stream = self.head.method == "POST" and EVENTS_PATH.fullmatch(path)
         is_stream = may_stream and self.body.members.get("stream") is True
@@ -7833,16 +7870,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked_at = time.monotonic()
         for is_last in (False, True):
             with self.pool.lease(*terms, **kind) as backend:
-                self.waited = time.monotonic() - asked_at
-                if self.row:
-                    self.row["waited"] = self.waited
+                self.row["waited"] = time.monotonic() - asked_at
                 if idle_timeout is not None:
                     self.pool.keep_alive(backend.model, idle_timeout)
                 try:
                     self._relay(target, backend)
                     self.usage = usage_in(self.response.excerpt)
-                    backend.record_answer(self.usage)
-                    return
+                    return backend.record_answer(self.usage)
                 except BackendDied as error:
                     has_died = backend.died(1.0)
                     if has_died and may_repeat and not is_last:
@@ -7856,12 +7890,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Yield events that a chat shows as the model's reasoning during its load, or
         b"" if nothing has changed or the last event is too recent."""
         name, last_text, next_at = self.model.name, "", 0.0
-        chunk = {
-            "id": f"chatcmpl-{name}-loading",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": name,
-        }
         while True:
             status, now = self.pool.status(self.model), time.monotonic()
             text = f"waiting for room for {name}"
@@ -7873,8 +7901,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 continue
             last_text, next_at = text, now + NOTICE_EVERY
             delta = {"reasoning_content": f"{text}\n"}
-            choice = {"index": 0, "delta": delta, "finish_reason": None}
-            yield as_event({**chunk, "choices": [choice]})
+            yield as_event({
+                "id": f"chatcmpl-{name}-loading",
+                "object": "chat.completion.chunk",
+                "created": int(time.time()),
+                "model": name,
+                "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+            })
 
     def _edit_body(self):
         """Change the body as the model's settings say. Raise LoopDetected if it comes
@@ -7899,21 +7932,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _relay(self, target, backend):
         key = backend.model.settings.proxy_key
-        dropped = NOT_FORWARDED
+        dropped = {"host", "x-conversation-id"}
         if self.config.api_keys or key:
-            dropped |= KEY_HEADERS
+            dropped |= {"authorization", "x-api-key", "api-key"}
         if self.head.method == "POST":  # events and usage are read from the answer
-            dropped |= {"accept-encoding"}
+            dropped.add("accept-encoding")
         if not self.body.coding:  # it may be decoded
-            dropped |= {"content-encoding"}
-        headers = end_to_end(self.head, dropped)
-        headers.append(("via", f"1.1 {VIA_NAME}"))
+            dropped.add("content-encoding")
+        headers = [*end_to_end(self.head, dropped), ("via", f"1.1 {VIA_NAME}")]
         if key:
             key = key.encode().decode("latin-1")  # sent as UTF-8
             headers.append(("authorization", f"Bearer {key}"))
         if self.head.is_upgrade:
-            headers.append(("connection", "upgrade"))
-            headers.append(("upgrade", self.head.get("upgrade")))
+            upgrade = self.head.get("upgrade")
+            headers += [("connection", "upgrade"), ("upgrade", upgrade)]
         outgoing = UpstreamRequest(self.head.method, target, headers, self.body)
         relay(outgoing, backend, self.response, self._repair_for)
 
@@ -7925,35 +7957,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return RepairStream() if is_wanted and is_readable and not is_encoded else None
 
 
-ROUTES = {
-    "/": {"GET": Handler.get_page},
-    "/health": {"GET": Handler.get_health},
-    "/v1/health": {"GET": Handler.get_health},
-    "/v1/models": {"GET": Handler.get_models},
-    "/models": {"GET": Handler.get_models},
-    "/models/sse": {"GET": Handler.get_events},
-    "/models/load": {"POST": Handler.change_model},
-    "/models/unload": {"POST": Handler.change_model},
-    "/props": {"GET": Handler.get_props},
-    "/slots": {"GET": Handler.get_from_model},
-    "/metrics": {"GET": Handler.get_metrics},
-    "/lora-adapters": {"GET": Handler.get_from_model},
-    "/running": {"GET": Handler.get_running},
-    "/api/requests": {"GET": Handler.get_requests},
-    "/unload": {"GET": Handler.unload, "POST": Handler.unload},
-    "/api/models/unload": {"POST": Handler.unload},
-    "/v1/streams/lookup": {"POST": lambda self: self._send_json([])},  # resumes none
-    "/tools": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
-    "/cors-proxy": {"GET": Handler.refuse_feature, "POST": Handler.refuse_feature},
-    "/logs": {"GET": Handler.get_logs},
-    "/logs/stream": {"GET": Handler.get_log_stream},
-}
-PREFIXES = (  # of paths; the action gets the rest of the path
-    ("/v1/models/", "GET", Handler.get_model),
-    ("/logs/stream/", "GET", Handler.get_log_stream),
-    ("/api/models/unload/", "POST", Handler.unload),
-    ("/api/requests/", "POST", Handler.cancel_request),
-)
+PREFIXES = [path for path in ROUTES if path.endswith("/") and path != "/"]
 
 
 def lingering_close(sock: socket.socket):
