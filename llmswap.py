@@ -8182,11 +8182,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=None):
         """Accept until `stop`; the base class would wake up twice a second."""
-        sources = [*self._sockets, self._stop_reader]
+        waiter = select.poll()  # select() has no descriptors beyond 1023
+        for each in (self._stop_reader, *self._sockets):
+            waiter.register(each, select.POLLIN)
         while not self.is_closing:
-            for self.socket in select.select(sources, [], [])[0]:
+            ready = {fd for fd, _ in waiter.poll()}
+            for self.socket in self._sockets:
                 with self._accepting:
-                    if not self.is_closing:
+                    if self.socket.fileno() in ready and not self.is_closing:
                         self._handle_request_noblock()  # accepts on self.socket
 
     def is_alive(self) -> bool:
@@ -8239,7 +8242,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept no more and return True, unless a connection is busy or waits to be
         accepted. Later ones wait in the backlog of the sockets, which systemd keeps."""
         with self._accepting:
-            pending = select.select(self._sockets, [], [], 0)[0]
+            pending = any(await_event(each, select.POLLIN, 0) for each in self._sockets)
             self.is_closing = self.inactive_since() is not None and not pending
         return self.is_closing
 
@@ -8352,7 +8355,7 @@ def refuse_pending_connections():
     start llmswap for them again and again."""
     reason = "llmswap cannot start: its file is broken, its log says where"
     for listener in passed_listeners(os.environ):
-        while select.select([listener], [], [], 0)[0]:
+        while await_event(listener, select.POLLIN, 0):
             connection = listener.accept()[0]
             refuse_connection(connection, reason)
             lingering_close(connection)

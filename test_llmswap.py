@@ -8171,13 +8171,16 @@ def test_the_idle_exit_heeds_no_idle_connection_nor_what_is_kept_loaded(tmp_path
 
 
 def test_a_connection_in_the_backlog_cancels_the_idle_exit():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+    with socket.create_server(("127.0.0.1", 0)) as low:
+        listener = socket.socket(fileno=os.dup2(low.fileno(), 1500))  # beyond select()
         pool = llmswap.Pool(no_models(), lambda *_: None)
         app = SimpleNamespace(reload_if_changed=lambda: None)
         server = llmswap.Server([listener], pool, lambda *_: None, app)
         with Client(listener.getsockname()[1]) as client:
             client.send("GET", "/health")
-            assert select.select([listener], [], [], 9)[0]
+            assert llmswap.await_event(listener, select.POLLIN, 9)
             assert not server.try_idle_exit()
             server.start()
             assert client.answer().status == 200
