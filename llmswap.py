@@ -8253,8 +8253,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._thread.join(1.0)
         for sock in self._sockets:
             sock.close()  # it is never shut down: systemd may own it
-        for connection, is_idle in list(self._connections.items()):
-            if is_idle:
+        for connection in list(self._connections):
+            if self._connections.get(connection):  # it is idle
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
 
