@@ -8884,12 +8884,14 @@ class Application:
                 self.pool.unload_all("because nothing happens")
                 self.pool.await_unloaded(lambda: not self._is_idle_since(idle_since))
                 before, occupant = occupant, gpu_occupant()
-                if occupant:
+                if not self._is_idle_since(idle_since):
+                    occupant = None  # it may be a model of ours that loads now
+                elif occupant:
                     pause = GPU_LOOK_EVERY
                     if not before:
                         text = f"idle, but the idle-command waits: {occupant}"
                         self.log("info", text)
-                elif self._is_idle_since(idle_since):
+                else:
                     self._run_idle_command(settings.idle_command)
                     ran_at = time.monotonic()
             self._is_reloaded.wait(min(pause, MAX_DURATION))
