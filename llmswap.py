@@ -8766,10 +8766,13 @@ class Application:
         """Log the models, and what may go wrong with them. It may take long, as it asks
         llama-server for its options and looks for files."""
         self.log("info", f"models: {', '.join(config.models) or 'none'}")
-        models, pitfalls = config.models.values(), config.pitfalls(table_of)
-        pairs = [(model.name, model.problem) for model in models if model.problem]
-        unusable = [f"{name} cannot be used: {problem}" for name, problem in pairs]
-        for warning in [*config.warnings, *unusable, *pitfalls]:
+        models = config.models.values()
+        for warning in config.warnings:
+            self.log("warning", warning)
+        for model in models:
+            if model.problem:
+                self.log("warning", f"{model.name} cannot be used: {model.problem}")
+        for warning in config.pitfalls(table_of):
             self.log("warning", warning)
         reasons = collections.defaultdict(list)
         for model in models:
