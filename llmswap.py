@@ -5456,14 +5456,17 @@ class Body:
             if is_needed:
                 raise BadRequest("multipart/form-data without a boundary")
             return
-        delimiter = re.escape("--" + (boundary[1] or boundary[2])).encode("latin-1")
-        pattern = delimiter + _MODEL_PART + rb"(.*?)(?:\r\n" + delimiter + rb"|(\Z))"
+        delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+        pattern = re.compile(re.escape(delimiter) + _MODEL_PART)
         size, is_whole = SMALL_BODY, False
         while not is_whole and self.model is None:
             is_whole = self.hold(size) or not is_needed
-            part = re.search(pattern, self.held, re.DOTALL)
-            if part and part[2] is None:
-                self.model, self.span = part[1].decode("utf-8", "replace"), part.span(1)
+            if part := pattern.search(self.held):
+                start = part.end()
+                end = self.held.find(b"\r\n" + delimiter, start - 2)
+                if end >= 0:
+                    self.model = self.held[start:end].decode("utf-8", "replace")
+                    self.span = start, end
             size *= 4
 
 
