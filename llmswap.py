@@ -5876,6 +5876,8 @@ def _copy(source, target):
 # within a string may lack their backslash, a quote ends the string only if JSON could
 # go on behind it. Lookahead is bounded, so time is linear for any text.
 
+MAX_OBJECTS = 32  # tried in one text
+
 _ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
 _ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
@@ -6096,7 +6098,10 @@ def _object_in(text):
         text = _unescaped(text)
     if _SCALARS.match(text):
         return None
-    while (at := text.find("{", end)) >= 0:
+    for _ in range(MAX_OBJECTS):
+        at = text.find("{", end)
+        if at < 0:
+            break
         lead, value = text[max(end, at - 200) : at], None
         with contextlib.suppress(ValueError):
             value, end = _STRICT.raw_decode(text, at)
@@ -6110,6 +6115,8 @@ def _object_in(text):
         is_announced = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
         if value is not None and (is_quoted or is_announced):
             objects.setdefault(to_json(value), as_json)
+    else:
+        return None
     if len(objects) > 1:
         objects.pop(b"{}", None)
     return objects.popitem()[1] if len(objects) == 1 else None
