@@ -1260,6 +1260,7 @@ class ConfigLoader:
                     self._warn(f"{error}; taken as {key.default}")
                 else:
                     problems.append(str(error))
+                    keys.pop(setting.key, None)  # of env: it cannot be expanded
         env = {name[4:]: keys[name].text for name in keys if name.startswith("env.")}
         settings, context_dir = ModelSettings(**{**values, "env": env}), ""
         if settings.keep_context and kind == "llama-server":

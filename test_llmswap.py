@@ -1424,6 +1424,7 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
     assert config.models["a"].problem.startswith("m.ini:")
     assert reason in config.models["a"].problem
+    assert config.models["a"].environment("8") == {}  # looks at files ask for it
     assert config.models["b"].problem is config.models["d"].problem is None
 
 
