@@ -3728,7 +3728,7 @@ class UnitBackend(Backend):
         main, state = unit_properties(self.location, "MainPID", "ActiveState")
         if state == "unknown":
             return True
-        self.pid = int(main) or None
+        self.pid = main.isdigit() and int(main) or None  # a target has none
         return state in RUNNING
 
     def _watch_unit(self, exited):

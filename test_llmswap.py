@@ -3744,8 +3744,9 @@ def test_a_unit_that_stops_or_is_restarted_by_somebody_is_noticed(units):
         assert not re.search("password (stop|start|kill)", str(units.calls()[calls:]))
 
 
-def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units):
-    (units.folder / "a.service.forks").touch()
+@pytest.mark.parametrize("kind", ["forks", "target"])  # a target has no such property
+def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units, kind):
+    (units.folder / f"a.service.{kind}").touch()
     with units.serve(constants={"UNIT_POLL": 0.2}, hang_timeout="30s") as server:
         assert server.chat("a").status == 200
         os.kill(units.pid("a"), signal.SIGSTOP)
