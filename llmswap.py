@@ -2213,18 +2213,19 @@ PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
 
 
-_port_numbers = itertools.count(random.randrange(1 << 16))
+_recent_ports = collections.deque(maxlen=100)  # their servers may not listen yet
 
 
 def free_port() -> int:
-    """Return a free port on loopback, if possible outside the ephemeral range, and not
-    one of the last ones, which their servers may not have bound yet."""
+    """Return a free port on loopback, if possible outside the ephemeral range, and none
+    that was returned a short while ago."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
-    ports = (10000 + number % (low - 10000) for number in _port_numbers)
-    for port in itertools.chain(itertools.islice(ports, 50), [0]):
+    ports = random.sample(range(10000, low), 50)
+    for port in [*(each for each in ports if each not in _recent_ports), 0]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _recent_ports.append(port)
             return probe.getsockname()[1]
     raise LoadFailed("no free port was found on 127.0.0.1")
 
