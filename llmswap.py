@@ -2949,7 +2949,8 @@ class Backend:
         self._began = self._looked_at = self._progress_at = time.monotonic()
         self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
-            probe = self._probe(HEALTH_TIMEOUT)
+            left = self._progress_at + limit - time.monotonic()
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":

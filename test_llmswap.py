@@ -2540,8 +2540,10 @@ def test_a_health_check_that_nobody_answers_is_repeated(odd, monkeypatch):
     odd("deaf").loaded()
 
 
-def test_an_answer_that_is_no_http_is_not_healthy(odd):
-    assert "no sign of progress" in str(odd("SSH-2.0", load_timeout=0.4).exited())
+def test_an_answer_that_is_no_http_or_none_is_not_healthy(odd, monkeypatch):
+    monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 60.0)
+    for act in "SSH-2.0", "mute":
+        assert "no sign of progress" in str(odd(act, load_timeout=0.4).exited())
 
 
 @pytest.mark.parametrize("act", ["GET /health", "POST /wake"])
