@@ -3095,9 +3095,9 @@ class ProcessBackend(Backend):
 
     def died(self, timeout: float) -> bool:
         """See Backend. A process that is just ending, whose connections are closed
-        before it is dead, has DEATH_TIMEOUT."""
+        before it is dead, has DEATH_TIMEOUT; one whose first thread has ended lives."""
         stat = process_stat(self.pid)
-        if stat and stat.flags & PF_EXITING:
+        if stat and stat.flags & PF_EXITING and stat.state != "Z":
             timeout = max(timeout, DEATH_TIMEOUT)
         return super().died(timeout)
 
