@@ -2662,6 +2662,16 @@ def test_a_listener_of_a_child_whose_first_thread_has_ended_is_its_own(begin, tm
     assert starts.read_text().split() == ["started"]  # its port was not taken
 
 
+def test_only_a_child_that_is_just_ending_has_time_to_die(begin, monkeypatch):
+    backend, waits = begin().backend, []
+    monkeypatch.setattr(llmswap.Backend, "died", lambda _, wait: waits.append(wait))
+    for state, flags in ("S", 0), ("R", 4), ("Z", 4):
+        stat = llmswap.ProcessStat(state, 1, 1, flags, 1, 1)
+        monkeypatch.setattr(llmswap, "process_stat", lambda _, stat=stat: stat)
+        backend.died(0.1)
+    assert waits == [0.1, 5.0, 0.1]
+
+
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
     (tmp_path / "go").touch()
     backend = begin(**kind_keys("llama-server", tmp_path), hang_timeout=0.3).loaded()
@@ -8663,14 +8673,7 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
     assert len(log) == 2 and path.is_dir() and not aside.exists()
 
 
-FIT_HELP = """\
--c,    --ctx-size N                     size of the prompt context
--ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers
--fa,   --flash-attn [on|off|auto]       use Flash Attention
---offline                               Offline mode
--m,    --model FNAME                    model path
--fitp, --fit-print [on|off]             print the estimated required memory
-"""
+FIT_HELP = (CI / "fit_help.txt").read_text()
 FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
 UNFIT = "error: failed to load model\n"
 
