@@ -2214,18 +2214,19 @@ PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
 
 
-_port_numbers = itertools.count(random.randrange(1 << 16))
+_recent_ports = collections.deque(maxlen=100)  # their servers may not listen yet
 
 
 def free_port() -> int:
-    """Return a free port on loopback, if possible outside the ephemeral range, and not
-    one of the last ones, which their servers may not have bound yet."""
+    """Return a free port on loopback, if possible outside the ephemeral range, and none
+    that was returned a short while ago."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
-    ports = (10000 + number % (low - 10000) for number in _port_numbers)
-    for port in itertools.chain(itertools.islice(ports, 50), [0]):
+    ports = random.sample(range(10000, low), 50)
+    for port in [*(each for each in ports if each not in _recent_ports), 0]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _recent_ports.append(port)
             return probe.getsockname()[1]
     raise LoadFailed("no free port was found on 127.0.0.1")
 
@@ -2949,7 +2950,8 @@ class Backend:
         self._began = self._looked_at = self._progress_at = time.monotonic()
         self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
-            probe = self._probe(HEALTH_TIMEOUT)
+            left = self._progress_at + limit - time.monotonic()
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
@@ -3094,9 +3096,9 @@ class ProcessBackend(Backend):
 
     def died(self, timeout: float) -> bool:
         """See Backend. A process that is just ending, whose connections are closed
-        before it is dead, has DEATH_TIMEOUT."""
+        before it is dead, has DEATH_TIMEOUT; one whose first thread has ended lives."""
         stat = process_stat(self.pid)
-        if stat and stat.flags & PF_EXITING:
+        if stat and stat.flags & PF_EXITING and stat.state != "Z":
             timeout = max(timeout, DEATH_TIMEOUT)
         return super().died(timeout)
 
@@ -3729,7 +3731,7 @@ class UnitBackend(Backend):
         main, state = unit_properties(self.location, "MainPID", "ActiveState")
         if state == "unknown":
             return True
-        self.pid = int(main) or None
+        self.pid = main.isdigit() and int(main) or None  # a target has none
         return state in RUNNING
 
     def _watch_unit(self, exited):
