@@ -1424,7 +1424,7 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
     assert config.models["a"].problem.startswith("m.ini:")
     assert reason in config.models["a"].problem
-    assert config.models["a"].environment("8") == {}  # looks at files ask for it
+    assert config.models["a"].environment("8") == {}
     assert config.models["b"].problem is config.models["d"].problem is None
 
 
@@ -6266,7 +6266,7 @@ def test_broken_arguments_become_the_object_that_is_meant_and_all_else_stays():
     for row in MEANT.strip().split("\n"):
         text, meant = row.translate(signs).split(" ⇒ ")
         assert fake.parsed(repair_arguments(text)) == json.loads(meant), row
-    many = '{"a":1 x}' * 9999  # more than are tried
+    many = '{"a":1 x}' * 99
     for text in [*re.split("\n?¦", LEFT_ALONE), many, *VALID]:
         assert repair_arguments(text) == text
         if text in VALID and text[0] == "{" and text[-1] == "}":
