@@ -6086,6 +6086,7 @@ class _Reader:
 # refuses NaN: int("NaN") raises ValueError
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
+_ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _NO_BRACE = re.compile(rf"""["']?[\w$ .-]{{1,99}}["']\s*:\s*{_VALUE.pattern}""")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
@@ -6098,7 +6099,7 @@ def _object_in(text):
     if _NO_BRACE.match(text):
         text = "{" + text
     elif _ENCODED.match(text):
-        text = _unescaped(text)
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     if _SCALARS.match(text):
         return None
     for _ in range(MAX_OBJECTS):
