@@ -1260,6 +1260,7 @@ class ConfigLoader:
                     self._warn(f"{error}; taken as {key.default}")
                 else:
                     problems.append(str(error))
+                    keys.pop(setting.key, None)  # of env: it cannot be expanded
         env = {name[4:]: keys[name].text for name in keys if name.startswith("env.")}
         settings, context_dir = ModelSettings(**{**values, "env": env}), ""
         if settings.keep_context and kind == "llama-server":
@@ -2213,18 +2214,19 @@ PORT_TRIES = 3
 LOOK_AT_LOADS = 0.2  # s between two looks at what a load has read
 
 
-_port_numbers = itertools.count(random.randrange(1 << 16))
+_recent_ports = collections.deque(maxlen=100)  # their servers may not listen yet
 
 
 def free_port() -> int:
-    """Return a free port on loopback, if possible outside the ephemeral range, and not
-    one of the last ones, which their servers may not have bound yet."""
+    """Return a free port on loopback, if possible outside the ephemeral range, and none
+    that was returned a short while ago."""
     text = read_text_or_empty("/proc/sys/net/ipv4/ip_local_port_range")
     low = max(10050, int((text.split() or ["32768"])[0]))
-    ports = (10000 + number % (low - 10000) for number in _port_numbers)
-    for port in itertools.chain(itertools.islice(ports, 50), [0]):
+    ports = random.sample(range(10000, low), 50)
+    for port in [*(each for each in ports if each not in _recent_ports), 0]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _recent_ports.append(port)
             return probe.getsockname()[1]
     raise LoadFailed("no free port was found on 127.0.0.1")
 
@@ -2948,7 +2950,8 @@ class Backend:
         self._began = self._looked_at = self._progress_at = time.monotonic()
         self.progress, self.refusal, self._seen_activity = None, None, set()
         while self._may_become_ready():
-            probe = self._probe(HEALTH_TIMEOUT)
+            left = self._progress_at + limit - time.monotonic()
+            probe = self._probe(min(HEALTH_TIMEOUT, left))
             if probe.ok:  # but `stop` may have cut an answer so that it looks whole
                 return self._is_alive()
             if type(probe.error).__name__ == "SSLCertVerificationError":
@@ -3093,9 +3096,9 @@ class ProcessBackend(Backend):
 
     def died(self, timeout: float) -> bool:
         """See Backend. A process that is just ending, whose connections are closed
-        before it is dead, has DEATH_TIMEOUT."""
+        before it is dead, has DEATH_TIMEOUT; one whose first thread has ended lives."""
         stat = process_stat(self.pid)
-        if stat and stat.flags & PF_EXITING:
+        if stat and stat.flags & PF_EXITING and stat.state != "Z":
             timeout = max(timeout, DEATH_TIMEOUT)
         return super().died(timeout)
 
@@ -3728,7 +3731,7 @@ class UnitBackend(Backend):
         main, state = unit_properties(self.location, "MainPID", "ActiveState")
         if state == "unknown":
             return True
-        self.pid = int(main) or None
+        self.pid = main.isdigit() and int(main) or None  # a target has none
         return state in RUNNING
 
     def _watch_unit(self, exited):
@@ -5456,14 +5459,17 @@ class Body:
             if is_needed:
                 raise BadRequest("multipart/form-data without a boundary")
             return
-        delimiter = re.escape("--" + (boundary[1] or boundary[2])).encode("latin-1")
-        pattern = delimiter + _MODEL_PART + rb"(.*?)(?:\r\n" + delimiter + rb"|(\Z))"
+        delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+        pattern = re.compile(re.escape(delimiter) + _MODEL_PART)
         size, is_whole = SMALL_BODY, False
         while not is_whole and self.model is None:
             is_whole = self.hold(size) or not is_needed
-            part = re.search(pattern, self.held, re.DOTALL)
-            if part and part[2] is None:
-                self.model, self.span = part[1].decode("utf-8", "replace"), part.span(1)
+            if part := pattern.search(self.held):
+                start = part.end()
+                end = self.held.find(b"\r\n" + delimiter, start - 2)
+                if end >= 0:
+                    self.model = self.held[start:end].decode("utf-8", "replace")
+                    self.span = start, end
             size *= 4
 
 
@@ -5873,6 +5879,8 @@ def _copy(source, target):
 # within a string may lack their backslash, a quote ends the string only if JSON could
 # go on behind it. Lookahead is bounded, so time is linear for any text.
 
+MAX_OBJECTS = 32  # tried in one text
+
 _ESCAPES = r"(\\(?:u[\da-fA-F]{4}|[\"\\%s]))|\\(['`])|[\"\\]"
 _ESCAPE, _ESCAPE_IN_PATH = re.compile(_ESCAPES % "/nrt"), re.compile(_ESCAPES % "")
 _DRIVE = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\(?=[^\\\"'])")
@@ -6078,6 +6086,7 @@ class _Reader:
 # refuses NaN: int("NaN") raises ValueError
 _STRICT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=int)
 _ENCODED = re.compile(r'[^{]{0,500}\{(?:\s|\\[nrt]){0,99}\\+(?:"|u0022)')
+_ENCODED_CHAR = re.compile(r'\\(?:u00[0-7][\da-fA-F]|[nrtbf"\\/])')
 _NO_BRACE = re.compile(rf"""["']?[\w$ .-]{{1,99}}["']\s*:\s*{_VALUE.pattern}""")
 _SCALARS = re.compile(r"\[\s*[\"'\d-]")
 _QUOTED_KEY = re.compile(r"\{\s*(?:[\"'“‘`{/#]|\Z)")
@@ -6090,10 +6099,13 @@ def _object_in(text):
     if _NO_BRACE.match(text):
         text = "{" + text
     elif _ENCODED.match(text):
-        text = _unescaped(text)
+        text = _ENCODED_CHAR.sub(lambda char: json.loads(f'"{char[0]}"'), text)
     if _SCALARS.match(text):
         return None
-    while (at := text.find("{", end)) >= 0:
+    for _ in range(MAX_OBJECTS):
+        at = text.find("{", end)
+        if at < 0:
+            break
         lead, value = text[max(end, at - 200) : at], None
         with contextlib.suppress(ValueError):
             value, end = _STRICT.raw_decode(text, at)
@@ -6107,6 +6119,8 @@ def _object_in(text):
         is_announced = not _WRAPPING.sub("", lead) or lead.rstrip().endswith((":", ">"))
         if value is not None and (is_quoted or is_announced):
             objects.setdefault(to_json(value), as_json)
+    else:
+        return None
     if len(objects) > 1:
         objects.pop(b"{}", None)
     return objects.popitem()[1] if len(objects) == 1 else None

@@ -1424,6 +1424,7 @@ def test_a_mistake_makes_only_its_model_unusable(tmp_path, section, reason):
     config = read(tmp_path, f"[b]\nm = x\n[c]\n[d]\nm = x\n[a]\n{section}\n")
     assert config.models["a"].problem.startswith("m.ini:")
     assert reason in config.models["a"].problem
+    assert config.models["a"].environment("8") == {}
     assert config.models["b"].problem is config.models["d"].problem is None
 
 
@@ -2227,11 +2228,12 @@ def get(port, path):
     return ask(port, "GET", path).json()
 
 
-def test_a_free_port_is_outside_the_range_of_outgoing_connections():
+def test_a_free_port_is_no_recent_one_nor_for_outgoing_connections(monkeypatch):
     text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
     outgoing = range(*map(int, text.split()))
-    ports = {llmswap.free_port() for _ in range(900)}
-    assert min(ports) >= 10000 and not ports & {*outgoing} and len(ports) == 900
+    monkeypatch.setattr(random, "sample", lambda ports, count: ports[:count])
+    ports = {llmswap.free_port() for _ in range(20)}
+    assert min(ports) >= 10000 and not ports & {*outgoing} and len(ports) == 20
 
 
 MISSING = [
@@ -2539,8 +2541,10 @@ def test_a_health_check_that_nobody_answers_is_repeated(odd, monkeypatch):
     odd("deaf").loaded()
 
 
-def test_an_answer_that_is_no_http_is_not_healthy(odd):
-    assert "no sign of progress" in str(odd("SSH-2.0", load_timeout=0.4).exited())
+def test_an_answer_that_is_no_http_or_none_is_not_healthy(odd, monkeypatch):
+    monkeypatch.setattr(llmswap, "HEALTH_TIMEOUT", 60.0)
+    for act in "SSH-2.0", "mute":
+        assert "no sign of progress" in str(odd(act, load_timeout=0.4).exited())
 
 
 @pytest.mark.parametrize("act", ["GET /health", "POST /wake"])
@@ -2657,6 +2661,16 @@ def test_a_listener_of_a_child_whose_first_thread_has_ended_is_its_own(begin, tm
     watched = begin(cmd=f"{sys.executable} {CI}/leaderless.py ${{PORT}} {starts}")
     assert "status 3" in str(watched.exited())
     assert starts.read_text().split() == ["started"]  # its port was not taken
+
+
+def test_only_a_child_that_is_just_ending_has_time_to_die(begin, monkeypatch):
+    backend, waits = begin().backend, []
+    monkeypatch.setattr(llmswap.Backend, "died", lambda _, wait: waits.append(wait))
+    for state, flags in ("S", 0), ("R", 4), ("Z", 4):
+        stat = llmswap.ProcessStat(state, 1, 1, flags, 1, 1)
+        monkeypatch.setattr(llmswap, "process_stat", lambda _, stat=stat: stat)
+        backend.died(0.1)
+    assert waits == [0.1, 5.0, 0.1]
 
 
 def test_a_stranger_that_comes_after_the_load_is_found_by_a_hang_check(begin, tmp_path):
@@ -3744,8 +3758,9 @@ def test_a_unit_that_stops_or_is_restarted_by_somebody_is_noticed(units):
         assert not re.search("password (stop|start|kill)", str(units.calls()[calls:]))
 
 
-def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units):
-    (units.folder / "a.service.forks").touch()
+@pytest.mark.parametrize("kind", ["forks", "target"])  # a target has no such property
+def test_a_unit_without_a_main_process_is_looked_at_now_and_then(units, kind):
+    (units.folder / f"a.service.{kind}").touch()
     with units.serve(constants={"UNIT_POLL": 0.2}, hang_timeout="30s") as server:
         assert server.chat("a").status == 200
         os.kill(units.pid("a"), signal.SIGSTOP)
@@ -4607,7 +4622,7 @@ def test_the_model_of_a_form_is_found_wherever_it_stands_and_in_linear_time():
     kind = "multipart/form-data; boundary=x"
     assert seconds_of(lambda: found_in(slow, kind)) < 0.3
     part = b"--x\r\nContent-Disposition: form-data; name=model\r\n\r\n"
-    for slow in (b"--x\r\n" * 8000, part * 8000):  # the second: it never ends
+    for slow in (b"--x\r\n" * 8000, part * 8000, part + bytes(4 << 20)):  # no end
         assert seconds_of(lambda data=slow: found_in(data, kind)) < 0.2
 
 
@@ -6255,7 +6270,8 @@ def test_broken_arguments_become_the_object_that_is_meant_and_all_else_stays():
     for row in MEANT.strip().split("\n"):
         text, meant = row.translate(signs).split(" ⇒ ")
         assert fake.parsed(repair_arguments(text)) == json.loads(meant), row
-    for text in [*re.split("\n?¦", LEFT_ALONE), *VALID]:
+    many = '{"a":1 x}' * 99
+    for text in [*re.split("\n?¦", LEFT_ALONE), many, *VALID]:
         assert repair_arguments(text) == text
         if text in VALID and text[0] == "{" and text[-1] == "}":
             assert repair_arguments(f"<tool_call>{text}</tool_call>") == text
@@ -8666,14 +8682,7 @@ def test_a_broken_file_of_needs_is_set_aside_and_a_lost_one_is_a_warning(tmp_pat
     assert len(log) == 2 and path.is_dir() and not aside.exists()
 
 
-FIT_HELP = """\
--c,    --ctx-size N                     size of the prompt context
--ngl,  --gpu-layers, --n-gpu-layers N   max. number of layers
--fa,   --flash-attn [on|off|auto]       use Flash Attention
---offline                               Offline mode
--m,    --model FNAME                    model path
--fitp, --fit-print [on|off]             print the estimated required memory
-"""
+FIT_HELP = (CI / "fit_help.txt").read_text()
 FIT_ROWS = "0.00.1 I main: printing ...\nCUDA0 7401 814 517 \nHost 1280 0 154 \n"
 UNFIT = "error: failed to load model\n"
 

@@ -274,13 +274,15 @@ class Plight:
         self.at_end.enter_context(self.stream)
 
     def _lull(self):
-        assert self.swap.chat("sleeping").status == 200
-        assert self.swap.chat("newcomer").status == 200
+        for model in ("sleeping", "newcomer"):
+            answer = self.swap.chat(model)
+            assert answer.status == 200, f"{answer.body}\n{self.swap.log()}"
         eventually(lambda: self.swap.states()["sleeping"] == "sleeping")
 
     def _warm(self):
         for model in ("idle", "busy", "unloading"):
-            assert self.swap.chat(model).status == 200
+            answer = self.swap.chat(model)
+            assert answer.status == 200, f"{answer.body}\n{self.swap.log()}"
 
     def _waiting(self):
         return self.swap.get("/health").json()["queued"]

@@ -7,7 +7,7 @@ server = socket.create_server(("127.0.0.1", port))
 accepted = []
 while True:
     accepted.append(server.accept()[0])
-    if act == "deaf" and len(accepted) < 3:
+    if act == "mute" or act == "deaf" and len(accepted) < 3:
         continue
     request = accepted[-1].recv(999)
     if request.startswith(act.encode()):

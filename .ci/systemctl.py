@@ -81,7 +81,8 @@ for name in names:
         now = state(name)
         print("ActiveState=" + now)
         is_known = now == "active" and not os.path.exists(path(name, "forks"))
-        print("MainPID=" + (read(name, "pid") if is_known else "0"))
+        if not os.path.exists(path(name, "target")):
+            print("MainPID=" + (read(name, "pid") if is_known else "0"))
         status = "0" if now == "activating" else read(name, "status") or "0"
         print("Result=" + ("success" if status == "0" else "exit-code"))
         print("ExecMainStatus=" + status)
