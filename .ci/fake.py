@@ -131,6 +131,13 @@ def await_file(path, pause, action=lambda: None):
         time.sleep(pause)
 
 
+def rest(seconds):
+    """Sleep in pieces: a signal that comes just before a sleep is noticed after it."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 0.2))
+
+
 def error_document(status, message):
     """An error as llama-server writes it."""
     return {"error": {"code": status, "message": message, "type": "server_error"}}
@@ -607,9 +614,9 @@ class Server:
         await_file(self.flags.load_until, 0.05, lambda: self.order or self.say(line))
         for number in range(lines):
             self.say(f"load_tensors: layer {number} of {lines}")
-            time.sleep(seconds / lines)
+            rest(seconds / lines)
         if not lines:
-            time.sleep(seconds)
+            rest(seconds)
         if self.flags.load_signal:
             os.kill(os.getpid(), self.flags.load_signal)
         if self.flags.load_exit >= 0:
